@@ -153,6 +153,7 @@ def train(
     cp: int = 1,
     pp: int = 1,
     vp: int = 1,
+    pp_schedule: str = "1f1b",
     teacher: str | Path | None = None,
     **settings: Any,
 ) -> TrainResult:
@@ -166,6 +167,7 @@ def train(
         tp, cp, pp: processes of torchrun that share out every matrix, the tokens of documents, and the layers; the others share out the
             samples (docs/scale.md).
         vp: virtual stages of each process of a pipeline.
+        pp_schedule: of a pipeline: 1f1b, zero-bubble or zbv.
         teacher: of distill, the folder of the model to learn from (docs/compress.md).
         settings: as in a recipe's training section: lr, epochs or steps, batch_size, precision, beta, lora, ...; what is left out is
             chosen by the model's size (docs/settings.md).
@@ -179,7 +181,7 @@ def train(
 
     rows = Path(data) if isinstance(data, str | Path) else data
     section = training_section(objective, settings)
-    with process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh:
+    with process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh:
         options: dict[str, Any] = {"recipe": section, "chat_format": chat_format, "seed": seed, "device": device, "mesh": mesh}
         options["teacher"] = None if teacher is None else _folder(teacher)
         return train_model(objective, _folder(model), rows, out=Path(out), **options)

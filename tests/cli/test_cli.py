@@ -21,21 +21,23 @@ from gristmill.miniature.base import BASE
 # Every command with its arguments and options. A change here is a change of what users type: think twice, then edit.
 SURFACE = {
     "run": (
-        "RECIPE --out -o --model --control --seed --rounds --threads --device --tp --cp --pp --vp --redo --dry-run --unsafe-code "
-        "--quiet -q --json"
+        "RECIPE --out -o --model --control --seed --rounds --threads --device --tp --cp --pp --vp --pp-schedule --redo "
+        "--dry-run --unsafe-code --quiet -q --json"
     ),
     "status": "FOLDER --json",
     "report": "FOLDER --json",
     "check": "FOLDER --approve --stop --reject --again --json",
     "answers": "FOLDER --prompt --sampled --json",
     "compare": "FOLDERS --out -o --json",
-    "pretrain": "RECIPE --out -o --model --tokens --tp --cp --pp --vp --device --quiet -q --json",
-    "plan": "MODEL --gpus --tp --pp --vp --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero --gpu --search "
+    "pretrain": "RECIPE --out -o --model --tokens --tp --cp --pp --vp --pp-schedule --device --quiet -q --json",
+    "plan": "MODEL --gpus --tp --pp --vp --pp-schedule --cp --dp --batch-size --micro-batch --seq-len --precision --recompute --zero "
+    "--lora-rank --lora-base --lora-targets --dora --gpu --search "
     "--top --tokens --documents --nodes --cores --document-bytes --out -o --published --calibrate --json",
     "train": (
         "KIND --model --data --out -o --lr --epochs --batch-size --beta --eta --sft-weight --taxonomy --max-fpr --teacher "
         "--distill-loss --teacher-top-k --precision --micro-batch-tokens --checkpoint-activations --compile --tp --cp --pp --vp "
-        "--lora-rank --lora-alpha --lora-targets --lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
+        "--pp-schedule --lora-rank --lora-alpha --lora-targets "
+        "--lora-base --lora-b-lr-ratio --rslora --dora --device --format --seed --quiet -q --json"
     ),
     "merge": "ADAPTER --out -o --base --dtype --rows --json",
     "generate": "MODEL PROMPT --prompts --out -o --n --temperature --top-p --top-k --max-tokens --dtype --quantize --head "

@@ -87,12 +87,23 @@ def test_bad_input_is_one_sentence(args: list[str], words: str) -> None:
     assert words in complaint(*args)
 
 
+def test_an_adapter_in_a_plan() -> None:
+    layout = ["plan", "llama3-70b", "--gpus", "8", "--tp", "8", "--batch-size", "8"]
+    assert json.loads(printed(*layout, "--json", code=4))["fits"] is False
+    facts = json.loads(printed(*layout, "--lora-rank", "16", "--lora-base", "int8", "--dora", "--lora-targets", "q_proj,v_proj", "--json"))
+    assert facts["fits"] and facts["trained_parameters"] == 80 * (16 * (2 * 8192 + 8192 + 1024) + 8192 + 1024)
+    assert facts["layout"]["lora"]["base"] == "int8" and "more that are trained" in printed(*layout, "--lora-rank", "16")
+    assert "Give --lora-rank" in complaint(*layout, "--dora")
+
+
 def test_the_page_needs_nothing_and_names_every_part(tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     printed(*REPORT, "--out", str(page))
     text = page.read_text()
     assert text.count("<svg") >= 3 and "Pipeline timeline" in text and "pipeline bubble" in text
     assert not any(word in text for word in ("<script", "http://", "https://"))
+    printed(*REPORT, "--vp", "2", "--pp-schedule", "zbv", "--out", str(page))
+    assert "gradients of matrices" in page.read_text() and "zbv" in page.read_text()
     printed("plan", "miniature", "--out", str(page))
     assert "Pipeline timeline" not in page.read_text()
 

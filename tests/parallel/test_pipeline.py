@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gristmill.core.errors import InputError
+from gristmill.model.compiled_blocks import takes
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.packed import pack
 from gristmill.model.reward import RewardModel
@@ -31,6 +32,12 @@ def test_stages_have_all_parameters_once_and_share_their_memory() -> None:
     assert torch.equal(copy, whole["embedding"]) and copy.data_ptr() != whole["embedding"].data_ptr()
 
 
+def test_no_stage_is_computed_as_a_whole_decoder() -> None:
+    model = Transformer(CONFIG)
+    model.compute_dtype = torch.bfloat16
+    assert not any(takes(Stage(model, number, 4).decoder[0]) for number in range(4))
+
+
 def test_a_head_is_the_last_stages_and_needs_no_copy_of_the_embedding() -> None:
     names = [{name for name, _ in Stage(RewardModel(Transformer(CONFIG)), number, 2).model.named_parameters()} for number in (0, 1)]
     assert "backbone.embedding" in names[0] - names[1] and "head.weight" in names[1] - names[0]
@@ -38,11 +45,18 @@ def test_a_head_is_the_last_stages_and_needs_no_copy_of_the_embedding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "pp", "vp", "number"),
-    [(1, 4, 1, 4), (7, 4, 1, 7), (7, 4, 2, 8), (8, 4, 2, 8), (1, 2, 3, 2)],
+    ("wanted", "pp", "vp", "schedule", "number"),
+    [
+        (1, 4, 1, "1f1b", 4),
+        (7, 4, 1, "1f1b", 7),
+        (7, 4, 2, "1f1b", 8),
+        (8, 4, 2, "zero-bubble", 8),
+        (1, 2, 3, "1f1b", 2),
+        (7, 4, 2, "zbv", 7),
+    ],
 )
-def test_micro_batches_of_a_step(wanted: int, pp: int, vp: int, number: int) -> None:
-    assert num_micro_batches(wanted, ParallelDims(pp=pp, vp=vp)) == number
+def test_micro_batches_of_a_step(wanted: int, pp: int, vp: int, schedule: str, number: int) -> None:
+    assert num_micro_batches(wanted, ParallelDims(pp=pp, vp=vp, schedule=schedule)) == number
 
 
 @pytest.mark.parametrize(
@@ -61,7 +75,16 @@ def test_what_a_model_cannot_be_cut_into_is_refused(dims: ParallelDims, base: st
     check_parallel(CONFIG, ParallelDims(), bases=["nf4"])
 
 
-@pytest.mark.parametrize(("dims", "said"), [(ParallelDims(vp=2), "Leave --vp out"), (ParallelDims(pp=0), "numbers above zero")])
+@pytest.mark.parametrize(
+    ("dims", "said"),
+    [
+        (ParallelDims(vp=2), "Leave --vp out"),
+        (ParallelDims(pp=0), "numbers above zero"),
+        (ParallelDims(pp=2, schedule="zbv"), "Give --vp 2 with"),
+        (ParallelDims(pp=2, schedule="zero-bubble"), "Give --vp 2 or more"),
+        (ParallelDims(schedule="gpipe"), "Choose --pp-schedule"),
+    ],
+)
 def test_contradictions_are_refused(dims: ParallelDims, said: str) -> None:
     with pytest.raises(InputError, match=said):
         dims.check()

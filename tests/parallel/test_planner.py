@@ -9,6 +9,8 @@ from gristmill.core.errors import InputError
 from gristmill.model.flops import training_flops_per_token
 from gristmill.parallel.hardware import HARDWARE
 from gristmill.parallel.layout import Layout
+from gristmill.parallel.lora_plan import LoraPlan
+from gristmill.parallel.memory import rank_parameters
 from gristmill.parallel.models import MODELS
 from gristmill.parallel.planner import MICRO_BATCHES, Plan, make_plan, published_rows, require_fit, root_mean_square, search
 from gristmill.parallel.published import PUBLISHED
@@ -160,6 +162,59 @@ def test_fp8_doubles_only_products_and_says_which_peak() -> None:
     bf16, fp8 = plan_of(layout, "llama3-70b"), plan_of(replace(layout, precision="fp8"), "llama3-70b")
     assert 1.15 < bf16.time.total / fp8.time.total < 1.5  # 1.28 to 1.35 were published for H100
     assert fp8.time.attention == bf16.time.attention and fp8.mfu(precision="fp8") == pytest.approx(fp8.mfu() * 989 / 1979)
+
+
+def test_an_adapter_saves_states_and_gradients_of_matrices() -> None:
+    layout = Layout(tp=8, dp=2, batch_size=8, seq_len=4096)
+    whole = plan_of(layout, "llama3-70b")
+    plans = {
+        (base, dora): plan_of(replace(layout, lora=LoraPlan(rank=16, base=base, dora=dora)), "llama3-70b")
+        for base in ("bf16", "int8")
+        for dora in (False, True)
+    }
+    lora, int8 = plans["bf16", False], plans["int8", False]
+    count = lora.trained_parameters
+    per_layer = 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28_672))
+    assert count == 80 * per_layer and plans["bf16", True].trained_parameters == count + 80 * (2 * 8192 + 2 * 1024 + 2 * 28_672 + 8192)
+    held = lora.memory["first"]
+    assert (held.gradients, held.optimizer) == (4 * count, 8 * count)  # whole on every rank
+    assert held.weights - 4 * count == pytest.approx(2 * rank_parameters(lora.config, layout, 0), rel=1e-3)
+    assert int8.memory["first"].weights < 0.6 * held.weights
+    # products of frozen matrices are a third fewer; low-rank ones come beside them
+    frozen = lora.time.products / whole.time.products
+    assert 2 / 3 < frozen < 2 / 3 + 0.06 and lora.time.traffic_dp < whole.time.traffic_dp / 10
+    assert int8.time.total > lora.time.total and plans["bf16", True].time.total > lora.time.total
+    assert lora.time.total < whole.time.total and "LoRA 16 on bf16" in str(lora.layout)
+    matrices = training_flops_per_token(lora.config, 0)  # of which a third are gradients of weights
+    flops = training_flops_per_token(lora.config, 4096) - matrices / 3 + 6 * count
+    assert lora.mfu() == pytest.approx(flops * lora.tokens_per_second / (16 * 989e12))
+
+
+@pytest.mark.parametrize(
+    ("lora", "tp", "words"),
+    [
+        (LoraPlan(rank=0), 1, "--lora-rank from 1 to 1,024"),
+        (LoraPlan(rank=2048), 1, "the smallest side"),
+        (LoraPlan(rank=8, base="int3"), 1, "Choose --lora-base fp32"),
+        (LoraPlan(rank=8, base="nf4"), 2, "a matrix in nf4 cannot be cut"),
+        (LoraPlan(rank=8, targets=("lm_head",)), 1, "Leave lm_head out of --lora-targets"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(lora: LoraPlan, tp: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        plan_of(Layout(tp=tp, batch_size=8, seq_len=4096, lora=lora), "llama3-8b")
+
+
+def test_zero_bubble_shortens_a_step() -> None:
+    plans = {name: plan_of(replace(REPORT, vp=2, schedule=name)) for name in ("1f1b", "zero-bubble", "zbv")}
+    bubbles = {name: plan.time.bubble for name, plan in plans.items()}
+    assert bubbles["zero-bubble"] < bubbles["1f1b"] / 2 and bubbles["zbv"] < bubbles["1f1b"] / 2
+    flights = {name: plan.memory["first"].activations for name, plan in plans.items()}
+    assert flights["zero-bubble"] == flights["zbv"] < flights["1f1b"]
+    assert plans["zbv"].memory["first"].loss and not plans["zbv"].memory["last"].loss  # a V ends where it begins
+    assert "zbv" in str(plans["zbv"].layout)
+    with pytest.raises(InputError, match="Give --vp 2 with"):
+        plan_of(replace(REPORT, schedule="zbv"))
 
 
 def test_shared_gradients_and_weights_travel_for_every_micro_batch() -> None:

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -147,7 +147,7 @@ def gradients(mesh: Mesh, out: Path, *, meshes: list[dict[str, Any]]) -> None:
     out.mkdir(exist_ok=True)
     for options in meshes:
         name, settings = json.dumps(options), dict(options)
-        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp") if key in settings})
+        dims = ParallelDims(**{key: settings.pop(key) for key in ("tp", "cp", "pp", "vp", "schedule") if key in settings})
         sharded.REPLICATED = REPLICATED if settings.pop("replicated", False) else 0
         one = Mesh() if mesh.size == 1 else new_mesh(torch.device("cpu"), mesh.size, dims)
         found = gradients_in(one, **settings)
@@ -210,11 +210,20 @@ def initial(mesh: Mesh, out: Path) -> None:
 
 
 def train(
-    mesh: Mesh, out: Path, *, folder: str, stop: int = 0, vocab: int = VOCAB, family: str = "nemotron", lora: bool = False, **settings: Any
+    mesh: Mesh,
+    out: Path,
+    *,
+    folder: str,
+    stop: int = 0,
+    vocab: int = VOCAB,
+    layers: int = 2,
+    family: str = "nemotron",
+    lora: bool = False,
+    **settings: Any,
 ) -> None:
     asked = replace(SETTINGS, **{"checkpoint_every": 1e-9, **settings})
     make = make_adapted if lora else make_model
-    trainer = Trainer(make(family, vocab=vocab), next_token_objective, asked, folder=Path(folder), mesh=mesh)
+    trainer = Trainer(make(family, vocab=vocab, layers=layers), next_token_objective, asked, folder=Path(folder), mesh=mesh)
     step, begun = trainer.step, []
 
     def until(samples: Any) -> dict[str, float]:
@@ -252,6 +261,28 @@ def float8(mesh: Mesh, out: Path) -> None:
         found[precision] = {"matrices": sorted(set(counts)), "errors": errors}
     if mesh.is_writer:
         out.write_text(json.dumps(found))
+
+
+def sizes(mesh: Mesh, out: Path, *, cases: list[dict[str, Any]]) -> None:
+    """Bytes that each process has of weights, gradients and optimizer states after a step in bf16, in meshes of the same processes."""
+    found = []
+    for case in cases:
+        options = dict(case)
+        one = new_mesh(torch.device("cpu"), mesh.size, ParallelDims(**options.pop("dims")))
+        model = make_adapted(**options) if "base" in options else make_model(**options)
+        trainer = Trainer(model, next_token_objective, replace(SETTINGS, precision="bf16"), mesh=one)
+        release, gradients = trainer.optimizer.zero_grad, []
+        trainer.optimizer.zero_grad = lambda: gradients.append(bytes_of(p.grad for p in trainer.model.parameters())) or release()  # type: ignore  # noqa: B023
+        trainer.step(make_samples(6))
+        weights = bytes_of(trainer.model.parameters()) + bytes_of(b for n, b in trainer.model.named_buffers() if n.endswith("scale_N"))
+        state = {name: x for name, x in trainer.optimizer.state_tensors().items() if not name.endswith("step")}
+        found.append(mesh.gather([weights, gradients[0], bytes_of(state.values())]))
+    if mesh.is_writer:
+        out.write_text(json.dumps(found))
+
+
+def bytes_of(tensors: Iterable[Tensor | None]) -> int:
+    return sum(meshes.local(tensor.detach()).nbytes for tensor in tensors if tensor is not None)
 
 
 def muon(mesh: Mesh, out: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,17 @@ from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.flops import num_parameters
 from gristmill.model.kernels import library as kernels
+from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.transformer import Transformer
 from gristmill.parallel.hardware import HARDWARE
 from gristmill.parallel.layout import Layout
+from gristmill.parallel.lora_plan import LoraPlan
 from gristmill.parallel.memory import USABLE_SHARE
 from gristmill.parallel.memory import memory as planned_memory
+from gristmill.parallel.mesh import Mesh, ParallelDims
 from gristmill.train import memory
 from gristmill.train.batches import Sample, collate_tokens
-from gristmill.train.memory import RECORD, choose_micro_batch, estimate_memory, fitting
+from gristmill.train.memory import RECORD, choose_micro_batch, estimate_memory, fitting, lora_plan
 from gristmill.train.objectives.next_token import next_token_objective
 from gristmill.train.trainer import Trainer, TrainSettings
 
@@ -65,6 +69,59 @@ def test_the_planner_counts_one_process_as_the_trainer_does(small_llama: nn.Modu
     states = needed.weights + needed.gradients + needed.optimizer
     assert planned.weights + planned.gradients + planned.optimizer == pytest.approx(states, rel=1e-3)
     assert planned.activations + planned.loss == pytest.approx(needed.activations, rel=0.03)
+
+
+@pytest.mark.parametrize(("base", "dora"), [("fp32", False), ("int8", True)])
+@pytest.mark.parametrize("family", ["nemotron", "llama", "phi3"])
+def test_what_autograd_saves_with_an_adapter_is_what_is_planned(family: str, base: str, dora: bool) -> None:
+    config = ModelConfig(family, 512, 128, uniform_blocks(4, 4, 2, 32, 320), 512)
+    model = Transformer(config)
+    model.init_weights(0)
+    add_adapters(model, LoraConfig(rank=8, alpha=16.0, dora=dora), seed=0, base=base)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # held, so that no other takes its place
+
+    def pack(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor
+        return tensor
+
+    batch = collate_tokens([Sample(np.arange(512), np.ones(512, bool))], CPU)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        states_TD = model.states(batch.ids_T, batch.shape)
+    saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    hardware = replace(HARDWARE["h100"], threads=1, kernels=kernels.load() is not None)
+    layout = Layout(batch_size=1, seq_len=512, precision="fp32", lora=LoraPlan(rank=8, base=base, dora=dora))
+    found, planned = lora_plan(model), planned_memory(config, layout, hardware)["first"]
+    assert len(states_TD) == 512 and found is not None and (found.rank, found.base, found.dora) == (8, base, dora)
+    assert planned.activations == pytest.approx(saved, rel=0.02 if kernels.load() else 0.12)
+    needed = estimate_memory(model, "adamw", precision="fp32", tokens=512, device=CPU)
+    assert needed.weights == pytest.approx(planned.weights, rel=0.01) and needed.gradients == planned.gradients
+    assert needed.activations == pytest.approx(planned.activations + planned.loss, rel=0.05)
+
+
+def test_processes_share_out_what_training_holds(
+    small_llama: nn.Module, free: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mesh(size: int, **dims: int) -> Mesh:
+        one = Mesh(dims=ParallelDims(**dims))
+        one.size = size
+        return one
+
+    def states(processes: Mesh | None) -> int:
+        needed = estimate_memory(small_llama, "adamw", precision="fp32", tokens=512, device=CPU, mesh=processes)
+        return needed.weights + needed.gradients + needed.optimizer
+
+    alone = states(None)
+    assert states(mesh(1)) == alone
+    assert states(mesh(8)) < 0.55 * alone  # gradients are whole until the last micro-batch, and the embedding is gathered
+    assert states(mesh(4, pp=4)) < 0.5 * alone and states(mesh(3, tp=3)) == pytest.approx(alone / 3, rel=0.02)
+    fit = lambda **more: fitting(small_llama, "adamw", precision="fp32", tokens=512, device=CPU, loaded=False, **more)  # noqa: E731
+    free(2.2e9)
+    assert not fit(mesh=mesh(3, tp=3)).checkpointed
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # on one machine
+    with pytest.raises(InputError, match=r"it takes each of the processes about .*share more out \(--tp, --pp, more machines\)"):
+        fit(mesh=mesh(3, tp=3))
 
 
 def test_workers_hold_gradients_of_their_own(make_model: Make) -> None:

@@ -28,7 +28,7 @@ ONE_STEP = TrainSettings(steps=1, batch_size=12, schedule="constant", clip=0.0)
 
 def gradients(model: Transformer, samples: list[Sample], micro_batch_tokens: int) -> dict[str, Tensor]:
     batches = [collate_tokens(group, CPU) for group in split_micro_batches(samples, micro_batch_tokens)]
-    count = global_count(batches)
+    count, _ = global_count(batches)
     model.zero_grad()
     for batch in batches:
         (next_token_objective(model, batch).sum / count).backward()
@@ -172,7 +172,7 @@ def test_an_all_masked_batch_has_zero_loss_and_gradient(make_model: Make, make_s
     masked = [Sample(s.ids, [False] * s.num_tokens) for s in make_samples(3)]
     model = make_model()
     batch = collate_tokens(masked, CPU)
-    assert next_token_objective(model, batch).sum.item() == 0 and global_count([batch]) == 1
+    assert next_token_objective(model, batch).sum.item() == 0 and global_count([batch])[0] == 1
     assert all(float(gradient.abs().max()) == 0 for gradient in gradients(model, masked, 1000).values())
 
 
@@ -368,7 +368,7 @@ def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
 def test_counts_of_all_kinds_add_up(make_samples: MakeSamples) -> None:
     rated = collate([RatedGroup([RatedSample([1, 2], 1, [1, 2, 3, -100, -100])])], CPU)
     tokens = collate(make_samples(2), CPU)  # type: ignore[arg-type]
-    assert global_count([rated, tokens]) == 3 + sum(sample.num_targets for sample in make_samples(2))
+    assert global_count([rated, tokens])[0] == 3 + sum(sample.num_targets for sample in make_samples(2))
 
 
 def test_steps_taken_one_by_one_are_those_of_fit(make_model: Make, make_samples: MakeSamples) -> None:

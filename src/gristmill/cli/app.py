@@ -88,6 +88,10 @@ Tp = Annotated[int, typer.Option(help="Processes of torchrun that share out ever
 Cp = Annotated[int, typer.Option(help="Processes that share out the tokens of each document (context parallel).")]
 Pp = Annotated[int, typer.Option(help="Processes that share out the layers (pipeline parallel); what is left shares out the samples.")]
 Vp = Annotated[int, typer.Option(help="Virtual stages of each process of a pipeline; with 2 or more its schedule is interleaved.")]
+PpSchedule = Annotated[
+    Literal["1f1b", "zero-bubble", "zbv"],
+    typer.Option(help="Schedule of a pipeline; zero-bubble (--vp 2 or more) and zbv (--vp 2): gradients of matrices fill its bubbles."),
+]
 Unsafe = Annotated[bool, typer.Option("--unsafe-code", help="Run model-written programs WITHOUT a jail where the kernel offers none.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress display.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]

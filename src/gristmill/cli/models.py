@@ -16,6 +16,7 @@ from gristmill.cli.app import (
     MaxTokens,
     Out,
     Pp,
+    PpSchedule,
     Quantized,
     QuantizedHead,
     Quiet,
@@ -48,6 +49,7 @@ def pretrain(
     cp: Cp = 1,
     pp: Pp = 1,
     vp: Vp = 1,
+    pp_schedule: PpSchedule = "1f1b",
     device: RunDevice = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -61,7 +63,7 @@ def pretrain(
 
     loaded = load(find_recipe(recipe, "pretraining"), pretraining.Pretraining, given(model=model, tokens=tokens, device=device))
     with (
-        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
+        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage("pretrain"),
     ):
@@ -113,6 +115,7 @@ def train(
     cp: Cp = 1,
     pp: Pp = 1,
     vp: Vp = 1,
+    pp_schedule: PpSchedule = "1f1b",
     lora_rank: Annotated[int, typer.Option(help="Train a LoRA adapter of this rank, written to OUT/adapter; 0: all weights.")] = 0,
     lora_alpha: Annotated[float | None, typer.Option(help="LoRA: alpha / rank scales the update; default twice the rank.")] = None,
     lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
@@ -153,7 +156,7 @@ def train(
         raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     settings = training_section(kind, values)
     with (
-        process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp)) as mesh,
+        process_mesh(pick_device(device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer) as progress,
         progress.stage(kind),
     ):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gristmill.cli.app import AsJson, command, end_with_alarms, given
+from gristmill.cli.app import AsJson, PpSchedule, command, end_with_alarms, given
 from gristmill.core.echo import echo
 from gristmill.core.errors import InputError
 
@@ -24,6 +24,7 @@ def plan(
     tp: Annotated[int | None, typer.Option(help="Tensor (and sequence) parallel ways.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
     vp: Annotated[int | None, typer.Option(help="Virtual stages a rank: the interleaved schedule.")] = None,
+    pp_schedule: PpSchedule = "1f1b",
     cp: Annotated[int | None, typer.Option(help="Context parallel ways.")] = None,
     dp: Annotated[int | None, typer.Option(help="Data parallel ways; default what is left of --gpus.")] = None,
     batch_size: Annotated[
@@ -36,6 +37,12 @@ def plan(
         Literal["", "none", "selective", "full"], typer.Option(help="Activations made again in the backward pass; default none.")
     ] = "",
     zero: Annotated[int, typer.Option(help="DP ranks share 1: optimizer states, 2: gradients too, 3: weights too; 0: nothing.")] = 1,
+    lora_rank: Annotated[int, typer.Option(help="Plan a LoRA adapter of this rank beside the frozen model; 0: all weights.")] = 0,
+    lora_base: Annotated[
+        Literal["", "fp32", "bf16", "int8", "nf4"], typer.Option(help="LoRA: type of the frozen matrices; default --precision's.")
+    ] = "",
+    lora_targets: Annotated[str, typer.Option(help="LoRA: names as q_proj,v_proj parted by commas; default all there are.")] = "",
+    dora: Annotated[bool, typer.Option("--dora", help="LoRA: train the lengths of the updated rows too.")] = False,
     gpu: Annotated[str, typer.Option(help="h100 (default), h200, a100, b200; cpu or cuda after --calibrate; or a row's .json file.")] = "",
     search: Annotated[bool, typer.Option("--search", help="Try all layouts of --gpus that fit; options that are given stay.")] = False,
     top: Annotated[int, typer.Option(help="Layouts of a search that are printed.", min=1)] = 5,
@@ -81,6 +88,7 @@ def plan(
         return
     from gristmill.parallel.hardware import find_hardware
     from gristmill.parallel.layout import default_layout
+    from gristmill.parallel.lora_plan import LoraPlan
     from gristmill.parallel.models import find_model
     from gristmill.parallel.planner import make_plan
     from gristmill.parallel.planner import search as search_layouts
@@ -92,8 +100,13 @@ def plan(
     hardware, config = find_hardware(gpu or "h100"), find_model(model)
     name = model if len(model) <= MAX_NAME else Path(model).name
     ways: dict[str, Any] = given(tp=tp, pp=pp, vp=vp, cp=cp, dp=dp, micro_batch=micro_batch, seq_len=seq_len, batch_size=batch_size)
-    ways |= {"recompute": recompute} if recompute else {}
+    ways |= {"schedule": pp_schedule} | ({"recompute": recompute} if recompute else {})
     precision = precision or ("fp32" if hardware.is_cpu else "bf16")
+    if lora_rank:
+        base, targets = lora_base or ("fp32" if precision == "fp32" else "bf16"), tuple(lora_targets.replace(",", " ").split())
+        ways["lora"] = LoraPlan(rank=lora_rank, base=base, dora=dora, targets=targets)
+    elif lora_base or lora_targets or dora:
+        raise InputError("Give --lora-rank with the other options of LoRA: without it all weights are trained.")
     found = None
     if search:
         if gpus is None or batch_size is None:

@@ -16,6 +16,7 @@ from gristmill.cli.app import (
     Cp,
     Out,
     Pp,
+    PpSchedule,
     Quiet,
     RunDevice,
     RunOut,
@@ -55,6 +56,7 @@ def run(
     cp: Cp = 1,
     pp: Pp = 1,
     vp: Vp = 1,
+    pp_schedule: PpSchedule = "1f1b",
     redo: Annotated[
         bool, typer.Option("--redo", help="Make again what was made from another recipe or other files; what is there is moved aside.")
     ] = False,
@@ -83,7 +85,8 @@ def run(
     path = find_recipe(recipe, "alignment", "reasoning")
     if read(path).get("kind") == "reasoning":
         ways = {name: number if number > 1 else None for name, number in {"tp": tp, "cp": cp, "pp": pp, "vp": vp}.items()}
-        unfit = given(control=control, rounds=rounds, redo=redo or None, dry_run=dry_run or None, **ways)
+        other = {"redo": redo or None, "dry_run": dry_run or None, "pp_schedule": pp_schedule if pp_schedule != "1f1b" else None}
+        unfit = given(control=control, rounds=rounds, **other, **ways)
         if unfit:
             raise InputError(
                 f"--{next(iter(unfit)).replace('_', '-')} is for the alignment loop: leave it out, {path.name} is of reasoning."
@@ -103,7 +106,7 @@ def run(
     folder = out or Path("runs") / name
     gc.freeze()  # what imports made is no garbage: looking at it took the miniature 1 % of its time, in which no thread computes
     with (
-        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp)) as mesh,
+        process_mesh(pick_device(loaded.device), ParallelDims(tp, cp, pp, vp, pp_schedule)) as mesh,
         Progress(quiet=quiet or not mesh.is_writer, describe=stage_line) as progress,
     ):
         results = run_loop(loaded, folder, progress, unsafe_code, redo=redo, mesh=mesh, read_said=read_said)

@@ -102,12 +102,14 @@ def unchanged(decoder: Any, each: Map = alone) -> Iterator[None]:
 
 def takes(decoder: Any) -> bool:
     """Whether the kernel computes this decoder: it is small, in bf16 on a CPU with tile products, of plain blocks, and whole."""
+    blocks = list(decoder.blocks.values())
+    if not blocks or len(blocks) < decoder.config.num_layers:  # a stage of a pipeline, which may have no embedding
+        return False
     if decoder.compute_dtype != torch.bfloat16 or decoder.embedding.device.type != "cpu" or not kernels.has_tiles():
         return False
-    blocks = list(decoder.blocks.values())
     if decoder.sharding is not None or decoder.context is not None or decoder.checkpoint_activations:
         return False
-    if not blocks or len(blocks) < decoder.config.num_layers or sum(x.numel() for x in decoder.parameters()) > MAX_THREADED_PARAMETERS:
+    if sum(x.numel() for x in decoder.parameters()) > MAX_THREADED_PARAMETERS:
         return False
     if any(x.requires_grad and x.dtype != torch.float32 for block in blocks for x in block.parameters()):
         return False

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
+from gristmill.model import weight_gradients
 from gristmill.model.layers import Linear
 from gristmill.model.transformer import Transformer
 
@@ -72,7 +73,8 @@ class Float8Product:
         self.rowwise = rowwise
 
     def __call__(self, x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None) -> Tensor:
-        out_TN: Tensor = _Product.apply(x_TD, weight_ND, self)
+        waits = weight_gradients.defers(x_TD, weight_ND)
+        out_TN: Tensor = _Product.apply(x_TD, weight_ND.detach() if waits else weight_ND, self, [weight_ND] if waits else [])
         return out_TN if bias_N is None else out_TN + bias_N.to(out_TN.dtype)
 
     def outputs(self, x_TD: Tensor, weight_ND: Tensor) -> Tensor:
@@ -87,16 +89,19 @@ class Float8Product:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, product: Float8Product) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ND: Tensor, product: Float8Product, waiting: list[Tensor]) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ND)
-        ctx.product = product
+        ctx.product, ctx.waiting = product, waiting
         return product.outputs(x_TD, weight_ND)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TN,), (x_TD, weight_ND) = grads, ctx.saved_tensors
-        return ctx.product.input_gradient(grad_TN, weight_ND), (grad_TN.T @ x_TD).to(weight_ND.dtype), None
+        for waiting_ND in ctx.waiting:
+            weight_gradients.later_product(waiting_ND, grad_TN, x_TD)
+        grad_ND = (grad_TN.T @ x_TD).to(weight_ND.dtype) if ctx.needs_input_grad[1] else None
+        return ctx.product.input_gradient(grad_TN, weight_ND), grad_ND, None, None
 
 
 def scaled_product(left_MK: Tensor, right_KN: Tensor, *, rowwise: bool, left: torch.dtype = torch.float8_e4m3fn) -> Tensor:

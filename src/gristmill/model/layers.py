@@ -1,6 +1,7 @@
 """Layers of a block: linear layers, norms, activations and MLPs. Shapes as in transformer.py."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gristmill.model import fused
+from gristmill.model import fused, weight_gradients
 from gristmill.model.config import BlockConfig, Family, ModelConfig
+
+GiveProduct = Callable[[Tensor, Tensor], None]  # gradient of the outputs, and inputs
 
 
 class Product(Protocol):
@@ -40,8 +43,8 @@ class Linear(nn.Linear):
             return self.product(input, self.weight.to(input.dtype), self.bias)
         if fused.accumulates(self.weight):
             return fused.linear(input, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        bias, weight = None if self.bias is None else self.bias.to(input.dtype), self.weight.to(input.dtype)
+        return (weight_gradients.linear if weight_gradients.defers(input, weight) else F.linear)(input, weight, bias)
 
     def beside(self, input: Tensor, other: "Linear") -> tuple[Tensor, Tensor]:
         """Outputs of this layer and of another one with the same input."""
@@ -176,13 +179,15 @@ def activated(gate: Tensor, up_TF: Tensor | None, parts: Family, *, in_place: bo
 
 
 class _GatedDown(torch.autograd.Function):
-    """(f(gate) * up) @ down.T that keeps gate and up and makes the product again; autograd would keep f(gate) and the product too."""
+    """(f(gate) * up) @ down.T that keeps gate and up and makes the product again; autograd would keep f(gate) and the product too.
+
+    `give` takes what the weight's gradient is a product of, which autograd then does not get.
+    """
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up_TF: Tensor | None, weight_DF: Tensor, parts: Family, in_place: bool) -> Tensor:
-        used_DF = fused.working_copy(weight_DF, gate.dtype) if in_place else weight_DF
+    def forward(ctx: Any, gate: Tensor, up_TF: Tensor | None, used_DF: Tensor, parts: Family, give: GiveProduct | None) -> Tensor:
         ctx.save_for_backward(gate, up_TF, used_DF)
-        ctx.parts, ctx.weight_DF = parts, weight_DF if in_place else None
+        ctx.parts, ctx.give = parts, give
         return F.linear(activated(gate, up_TF, parts), used_DF)
 
     @staticmethod
@@ -199,8 +204,8 @@ class _GatedDown(torch.autograd.Function):
             made = inner_TF.detach(), grad_gate, others[0] if others else None
         inner_TF, grad_gate, grad_up_TF = made
         grad_DF = None
-        if ctx.weight_DF is not None and ctx.needs_input_grad[2]:
-            fused.add_gradient(ctx.weight_DF, grads[0], inner_TF)
+        if ctx.give is not None:
+            ctx.give(grads[0], inner_TF)
         elif ctx.needs_input_grad[2]:
             grad_DF = grads[0].T @ inner_TF
         return grad_gate, grad_up_TF, grad_DF, None, None
@@ -228,6 +233,15 @@ class MLP(nn.Module):
             gate, up_TF = (self.up(x_TD), None) if self.gate is None else self.gate.beside(x_TD, self.up)
         plain = type(self.down) is Linear and self.down.bias is None and self.down.product is None
         if self.parts.gated and plain and torch.is_grad_enabled():
-            in_place = fused.accumulates(self.down.weight)
-            return _GatedDown.apply(gate, up_TF, self.down.weight if in_place else self.down.weight.to(x_TD.dtype), self.parts, in_place)
+            return _GatedDown.apply(gate, up_TF, *self._down(gate))
         return self.down(activated(gate, up_TF, self.parts, in_place=self.in_place))
+
+    def _down(self, gate: Tensor) -> tuple[Tensor, Family, GiveProduct | None]:
+        """The last matrix as it is multiplied by, and where what its gradient is a product of goes."""
+        weight = self.down.weight
+        if gate.requires_grad and fused.accumulates(weight):
+            return fused.working_copy(weight, gate.dtype), self.parts, partial(fused.add_gradient, weight)
+        used = weight.to(gate.dtype)
+        if weight_gradients.defers(gate, used):
+            return used.detach(), self.parts, partial(weight_gradients.later_product, used)
+        return used, self.parts, None

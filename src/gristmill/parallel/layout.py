@@ -8,7 +8,9 @@ from typing import Any
 from gristmill.core.errors import InputError
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.parallel.hardware import Hardware
+from gristmill.parallel.lora_plan import LoraPlan, check_lora
 
+SCHEDULES = ("1f1b", "zero-bubble", "zbv")
 RECOMPUTE = ("none", "selective", "full")
 # Several times what anybody has: below them nothing overflows, and a search ends.
 MAX_DEVICES, MAX_BATCH, MAX_SEQUENCE = 2**20, 2**24, 2**22
@@ -22,11 +24,13 @@ class Layout:
     Attributes:
         tp, pp, cp, dp: ways of tensor (with sequence), pipeline, context and data parallelism.
         vp: virtual pipeline stages a rank: the schedule is 1F1B with 1, and interleaved above.
+        schedule: of the pipeline, out of SCHEDULES.
         micro_batch: sequences that a data-parallel rank computes at once.
         batch_size: sequences of one optimizer step over all ranks (the global batch).
         seq_len: tokens of a sequence, which attention takes for one document.
         recompute: activations made again in the backward pass: none, the MLP's activation (selective), or all of a layer (full).
         zero: what data-parallel ranks share out: 0 nothing, 1 optimizer states (the distributed optimizer), 2 gradients too, 3 weights too.
+        lora: the adapter that is trained; of it, and of what is frozen, data-parallel ranks share nothing out.
     """
 
     batch_size: int
@@ -38,8 +42,10 @@ class Layout:
     dp: int = 1
     micro_batch: int = 1
     precision: str = "bf16"
+    schedule: str = "1f1b"
     recompute: str = "none"
     zero: int = 1
+    lora: LoraPlan | None = None
 
     @property
     def num_devices(self) -> int:
@@ -64,7 +70,9 @@ class Layout:
         parts = {"TP": self.tp, "PP": self.pp, "VP": self.vp, "CP": self.cp, "DP": self.dp}
         ways = ", ".join(f"{name} {ways}" for name, ways in parts.items() if ways > 1 or name in ("TP", "PP", "DP"))
         again = f", recompute {self.recompute}" if self.recompute != "none" else ""
-        return f"{ways}, micro-batch {self.micro_batch}{again}"
+        schedule = f", {self.schedule}" if self.schedule != "1f1b" else ""
+        lora = "" if self.lora is None else f", {'DoRA' if self.lora.dora else 'LoRA'} {self.lora.rank} on {self.lora.base}"
+        return f"{ways}{schedule}, micro-batch {self.micro_batch}{again}{lora}"
 
 
 def default_layout(config: ModelConfig, ways: Mapping[str, Any], *, num_devices: int | None, precision: str, zero: int) -> Layout:
@@ -74,7 +82,7 @@ def default_layout(config: ModelConfig, ways: Mapping[str, Any], *, num_devices:
         InputError: the ways do not divide the devices, or a number cannot be used.
     """
     for name, value in ways.items():
-        if name != "recompute":
+        if name not in ("recompute", "schedule", "lora"):
             _check_number(name, value)
     tp, pp, cp = (ways.get(name, 1) for name in ("tp", "pp", "cp"))
     dp = ways.get("dp", 1)
@@ -107,8 +115,8 @@ def counted(blocks: Sequence[BlockConfig]) -> list[tuple[BlockConfig, int]]:
 
 def rank_blocks(config: ModelConfig, layout: Layout, rank: int) -> tuple[BlockConfig, ...]:
     """The layers of a pipeline rank: of its `vp` stages, each as many, or one fewer in the first and in the last stage of all."""
-    num_stages = layout.pp * layout.vp
-    stages = (stage_layers(config.num_layers, num_stages, stage) for stage in range(rank, num_stages, layout.pp))
+    numbers = stages_of(layout.schedule, layout.pp, layout.vp, rank)
+    stages = (stage_layers(config.num_layers, layout.pp * layout.vp, number) for number in numbers)
     return tuple(config.blocks[layer] for stage in stages for layer in stage)
 
 
@@ -128,6 +136,21 @@ def check_stages(num_layers: int, num_stages: int) -> None:
         )
 
 
+def check_schedule(schedule: str, vp: int) -> None:
+    """Raise InputError where a pipeline's schedule is none, or does not take so many virtual stages a rank."""
+    if schedule not in SCHEDULES:
+        raise InputError(f"Choose --pp-schedule {', '.join(SCHEDULES)}, not {schedule!r}.")
+    if schedule == "zbv" and vp != 2:
+        raise InputError(f"Give --vp 2 with --pp-schedule zbv: each process has two stages, on the way down a V and up (--vp is {vp}).")
+    if schedule == "zero-bubble" and vp == 1:
+        raise InputError("Give --vp 2 or more with --pp-schedule zero-bubble, which is of interleaved stages; zbv takes 2.")
+
+
+def stages_of(schedule: str, pp: int, vp: int, rank: int) -> list[int]:
+    """The virtual stages of a pipeline rank: every pp-th, or two that lie as on the branches of a V."""
+    return [rank, 2 * pp - 1 - rank] if schedule == "zbv" else list(range(rank, pp * vp, pp))
+
+
 def check_layout(config: ModelConfig, layout: Layout, hardware: Hardware) -> None:
     """Refuse a layout that the model, the batch or the hardware cannot take.
 
@@ -143,6 +166,8 @@ def check_layout(config: ModelConfig, layout: Layout, hardware: Hardware) -> Non
     if layout.zero not in range(4):
         raise InputError(f"Choose --zero 0, 1, 2 or 3, not {layout.zero}.")
     hardware.peak(layout.precision)
+    if layout.lora is not None:
+        check_lora(config, layout.lora, layout.tp)
     _check_batch(layout)
     _check_split(config, layout)
 
@@ -161,6 +186,7 @@ def _check_batch(layout: Layout) -> None:
         )
     if layout.vp > 1 and layout.pp == 1:
         raise InputError(f"Leave --vp out, or raise --pp: without a pipeline there are no virtual stages (--vp is {layout.vp}).")
+    check_schedule(layout.schedule, layout.vp)
     if layout.zero == 3 and layout.pp > 1:
         raise InputError("Choose --zero 2 with --pp: a pipeline that shares out its weights would gather them for every micro-batch.")
     if layout.micro_batch * layout.seq_len % layout.cp:
@@ -202,7 +228,7 @@ def warnings(config: ModelConfig, layout: Layout, hardware: Hardware) -> list[st
         out.append(f"TP {layout.tp} is more than the {least} key-value heads: each is held by several ranks.")
     if layout.tp > hardware.devices_per_node:
         out.append(f"TP {layout.tp} reaches beyond a node of {hardware.devices_per_node}: its traffic is counted at the speed of a node.")
-    if layout.vp > 1 and layout.num_micro_batches % layout.pp:
+    if layout.vp > 1 and layout.schedule != "zbv" and layout.num_micro_batches % layout.pp:
         out.append(
             f"{layout.num_micro_batches} micro-batches are no multiple of PP {layout.pp}: some interleaved schedules refuse that, and the "
             "bubble is larger than planned."

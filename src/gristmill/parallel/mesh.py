@@ -18,11 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
+from gristmill.parallel.layout import check_schedule
 
 if TYPE_CHECKING:  # one process does not pay for the import
     from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = timedelta(minutes=10)  # of one collective operation: it waits for the slowest process, and for one that is gone
+
+SIZE_BYTES, SHORT = 8, 1016  # of a text's length, and of what goes with it at once
 
 BEAT = {"job": "wait"}  # no order: says that the first process is alive
 AGAIN = "start them all again, and training goes on from its last checkpoint"
@@ -41,12 +44,14 @@ class ParallelDims:
         cp: processes that share out the tokens of every document (context parallel).
         pp: processes that share out the layers (pipeline parallel).
         vp: virtual stages of each of them: the schedule is 1F1B with 1, and interleaved above.
+        schedule: of the pipeline, out of `layout.SCHEDULES`.
     """
 
     tp: int = 1
     cp: int = 1
     pp: int = 1
     vp: int = 1
+    schedule: str = "1f1b"
 
     @property
     def together(self) -> int:
@@ -59,6 +64,7 @@ class ParallelDims:
             raise InputError(f"Give --tp, --cp, --pp and --vp numbers above zero: they are {self.tp}, {self.cp}, {self.pp} and {self.vp}.")
         if self.pp == 1 and self.vp > 1:
             raise InputError(f"Leave --vp out, or raise --pp: without a pipeline there are no virtual stages (--vp is {self.vp}).")
+        check_schedule(self.schedule, self.vp)
 
 
 class Group:
@@ -83,18 +89,34 @@ class Group:
 
     def gather(self, value: Any) -> list[Any]:
         """The JSON values of all processes, in their order."""
+        return [json.loads(text) for text in self._texts(value)] if self.size > 1 and self.devices is not None else [value]
+
+    def to_first(self, value: Any) -> list[Any]:
+        """The JSON values of all processes for the first one, and nothing for the others, which need not read them."""
         if self.size == 1 or self.devices is None:
             return [value]
+        texts = self._texts(value)
+        return [json.loads(text) for text in texts] if self.rank == 0 else []
+
+    def _texts(self, value: Any) -> list[bytes]:
+        """The values of all as text: one exchange where all are short, since each costs more than what it carries."""
         import torch.distributed as dist
 
+        assert self.devices is not None
         group, device = self._group(), self.devices.device_type
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.size)]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=group)
-        longest = int(max(sizes))
-        parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(self.size)]
-        dist.all_gather(parts, nn.functional.pad(text, (0, longest - len(text))), group=group)
-        return [json.loads(bytes(part[: int(size)].tolist())) for part, size in zip(parts, sizes, strict=True)]
+        text = json.dumps(value).encode()
+        size = len(text).to_bytes(SIZE_BYTES, "little")
+
+        def exchange(mine: bytes, length: int) -> list[bytes]:
+            given = torch.frombuffer(bytearray(mine.ljust(length, b"\0")), dtype=torch.uint8).to(device)
+            found = [torch.empty_like(given) for _ in range(self.size)]
+            dist.all_gather(found, given, group=group)
+            return [part.cpu().numpy().tobytes() for part in found]
+
+        heads = exchange(size + text[:SHORT], SIZE_BYTES + SHORT)
+        sizes = [int.from_bytes(head[:SIZE_BYTES], "little") for head in heads]
+        rests = exchange(text[SHORT:], max(sizes) - SHORT) if max(sizes) > SHORT else [b""] * self.size
+        return [(head[SIZE_BYTES:] + rest)[:length] for head, rest, length in zip(heads, rests, sizes, strict=True)]
 
     def first(self, value: Any) -> Any:
         """The JSON value of the first process: what depends on a clock or a disk is decided by it alone."""

@@ -3,14 +3,15 @@
 When a stage computes what, and what is sent, is for torch's schedules to say. All processes of a pipeline collate the same micro-batches,
 so that nothing but states [T, D] travels. All micro-batches of a step have one number T of tokens, for which `fill` documents of one token.
 
-Zero-bubble schedules part a backward pass in two, each of which would go through our fused functions: these give their gradients once.
+In zero-bubble schedules gradients of matrices wait for bubbles (`model.weight_gradients`).
 
-Source: 1F1B and its interleaved form, Megatron-LM (arXiv 2104.04473).
+Sources: 1F1B and its interleaved form, Megatron-LM (arXiv 2104.04473); zero-bubble schedules (2401.10241).
 """
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.core.errors import InputError
+from gristmill.model import weight_gradients
 from gristmill.model.config import ModelConfig
 from gristmill.model.layers import Linear
 from gristmill.model.packed import PackedShape
@@ -42,7 +44,7 @@ def check_pipeline(config: ModelConfig, dims: ParallelDims) -> None:
 
 def num_micro_batches(wanted: int, dims: ParallelDims) -> int:
     """The least number of micro-batches of a pipeline's step that holds so many and that its schedule takes."""
-    return max(wanted, dims.pp) if dims.vp == 1 else -(-wanted // dims.pp) * dims.pp
+    return max(wanted, dims.pp) if dims.vp == 1 or dims.schedule == "zbv" else -(-wanted // dims.pp) * dims.pp
 
 
 class Stage(nn.Module):
@@ -117,14 +119,15 @@ class Pipeline(nn.Module):
         super().__init__()
         assert mesh.pipeline is not None
         dims, rank = mesh.dims, mesh.pipeline.rank
-        self.group, self.num_stages = mesh.pipeline, dims.pp * dims.vp
+        self.group, self.num_stages, self.schedule = mesh.pipeline, dims.pp * dims.vp, dims.schedule
         decoder = cast(Transformer, getattr(model, "backbone", model))
         self.config = decoder.config
         self.is_tied = decoder is model and decoder.lm_head is None  # a head has another output matrix
         check_pipeline(self.config, dims)
         self.objective = objective
         self.device = next(model.parameters()).device
-        self.stages = nn.ModuleList(Stage(model, number, self.num_stages) for number in range(rank, self.num_stages, dims.pp))
+        numbers = layout.stages_of(dims.schedule, dims.pp, dims.vp, rank)
+        self.stages = nn.ModuleList(Stage(model, number, self.num_stages) for number in numbers)
 
     @property
     def decoders(self) -> list[Transformer]:
@@ -191,10 +194,11 @@ class Pipeline(nn.Module):
         if not self.is_tied:
             return
         named = dict(self.named_parameters())
-        mine = [named[name] for name in ("embedding", TIED) if name in named and named[name].grad is not None]
-        if mine:
-            gradient = local(cast(Tensor, mine[0].grad))
-            gradient.add_(self.group.exchange(gradient, self.group.size - 1 - self.group.rank))
+        mine = [local(grad) for name in ("embedding", TIED) if name in named and (grad := named[name].grad) is not None]
+        if len(mine) == 2:  # this process has the first stage and the last one
+            mine[1].copy_(mine[0].add_(mine[1]))
+        elif mine:
+            mine[0].add_(self.group.exchange(mine[0], self.group.size - 1 - self.group.rank))
 
     def grad_norm(self) -> float:
         """Norm of the gradients of all stages' parameters."""
@@ -209,6 +213,7 @@ def _run_schedule(pipeline: Pipeline, batches: Sequence[Any], states: Tensor, *,
     from torch.distributed.pipelining import PipelineStage, schedules
 
     group, loss = pipeline.group, torch.empty(1, device="meta", requires_grad=True)
+    waits = backward and pipeline.schedule != "1f1b"
     made = [
         PipelineStage(
             stage,
@@ -219,19 +224,22 @@ def _run_schedule(pipeline: Pipeline, batches: Sequence[Any], states: Tensor, *,
             input_args=torch.empty_like(tokens_of(batches[0]).ids_T, device="meta") if stage.is_first else states,
             output_args=loss if stage.is_last else states,
             group=group.process_group,
+            dw_builder=weight_gradients.take if waits else None,
         )
         for stage in pipeline.each()
     ]
     options: dict[str, Any] = {"loss_fn": lambda loss, target: loss.sum(), "scale_grads": False}
-    schedule: Any
-    if len(made) == 1:
-        schedule = schedules.Schedule1F1B(made[0], len(batches), **options)
-    else:
-        schedule = schedules.ScheduleInterleaved1F1B(cast(Any, made), len(batches), **options)
+    kinds = {"zero-bubble": schedules.ScheduleInterleavedZeroBubble, "zbv": schedules.ScheduleZBVZeroBubble}
+    kind: Any = kinds.get(pipeline.schedule, schedules.ScheduleInterleaved1F1B)
+    schedule: Any = schedules.Schedule1F1B(made[0], len(batches), **options) if len(made) == 1 else kind(made, len(batches), **options)
+    if not backward and pipeline.schedule == "zbv":  # what passes between two stages of a process, it would take from a backward pass
+        ahead = ("F", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+        orders = schedule.pipeline_order_with_comms
+        orders[group.rank] = [action for action in orders[group.rank] if action.computation_type.value in ahead]
     schedule._has_backward = backward
     for stage in made:
         stage.has_backward = backward
     arguments = [(tokens_of(batch).ids_T,) for batch in batches]
     targets = [torch.empty(0)] * len(batches)
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward), weight_gradients.deferring() if waits else nullcontext():
         schedule._step_microbatches(arguments, [{"number": n} for n in range(len(batches))], targets, return_outputs=False)

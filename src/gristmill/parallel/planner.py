@@ -9,9 +9,10 @@ from typing import Any
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
-from gristmill.model.flops import model_flops_utilisation, num_parameters, training_flops_per_token
+from gristmill.model.flops import num_parameters, training_flops_per_token
 from gristmill.parallel.hardware import HARDWARE, Hardware
 from gristmill.parallel.layout import MAX_DEVICES, RECOMPUTE, Layout, check_layout, warnings
+from gristmill.parallel.lora_plan import adapter_parameters
 from gristmill.parallel.memory import USABLE_SHARE, Memory, fits_into, memory
 from gristmill.parallel.published import PUBLISHED, Published
 from gristmill.parallel.step_time import StepTime, step_time
@@ -55,6 +56,13 @@ class Plan:
         return fits_into(self.memory[self.fullest].total, self.device_bytes)
 
     @property
+    def trained_parameters(self) -> int:
+        """Of the whole model, or of an adapter."""
+        if (lora := self.layout.lora) is None:
+            return num_parameters(self.config)
+        return sum(adapter_parameters(self.config, block, lora) for block in self.config.blocks)
+
+    @property
     def tokens_per_second(self) -> float:
         return self.layout.batch_size * self.layout.seq_len / self.time.total
 
@@ -62,21 +70,14 @@ class Plan:
         """Share (0 to 1) of the peak in a precision (default bf16's, or the only one): attention in full as in the Nemotron reports,
         or half of it (causal), as Llama 3 counts; the output matrix once, nothing for recompute.
         """
-        flops = self.hardware.flops
-        peak = flops[precision] if precision else flops["bf16" if self.layout.precision == "fp8" else self.layout.precision]
-        layout = self.layout
-        share = model_flops_utilisation(
-            self.config,
-            layout.seq_len,
-            layout.batch_size,
-            step_seconds=self.time.total,
-            num_devices=layout.num_devices,
-            device_flops=peak,
-        )
-        if not causal:
-            return share
+        peak = self.hardware.flops[precision or ("bf16" if self.layout.precision == "fp8" else self.layout.precision)]
         products = training_flops_per_token(self.config, 0)
-        return share * (0.5 + 0.5 * products / training_flops_per_token(self.config, layout.seq_len))
+        attention = training_flops_per_token(self.config, self.layout.seq_len) - products
+        if self.layout.lora is not None:  # what is frozen has no gradients
+            products *= 2 / 3
+            products += 6 * self.trained_parameters
+        flops = products + attention * (0.5 if causal else 1.0)
+        return flops * self.tokens_per_second / (self.layout.num_devices * peak)
 
     @property
     def refusal(self) -> str:
@@ -101,6 +102,7 @@ class Plan:
         return {
             "model": self.name,
             "parameters": num_parameters(self.config),
+            "trained_parameters": self.trained_parameters,
             "hardware": self.hardware.name,
             "gpus": layout.num_devices,
             "layout": asdict(layout) | {"num_micro_batches": layout.num_micro_batches},

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
+from gristmill.model import weight_gradients
 from gristmill.model.config import ModelConfig
 from gristmill.model.layers import MLP, LayerNorm1P, Linear, Product, RMSNorm
 from gristmill.model.lora import LoraLinear, is_adapted
@@ -92,13 +93,15 @@ class _Whole(torch.autograd.Function):
 class _Columns(torch.autograd.Function):
     """Gathered rows times matrices, each with its `Product` or None and a bias or None behind it.
 
-    Own rows are kept, and gathered again in the backward pass.
+    Own rows are kept, and gathered again for the gradients of the matrices, which may wait.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_PD: Tensor, group: TensorGroup, products: list[Product | None], *weights: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.group, ctx.products = group, products
-        matrices, ctx.biases = cast("tuple[Tensor, ...]", weights[::2]), [bias is not None for bias in weights[1::2]]
+    def forward(
+        ctx: Any, x_PD: Tensor, group: TensorGroup, products: list[Product | None], waiting: list[Tensor], *weights: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.group, ctx.products, ctx.waiting = group, products, waiting
+        matrices = cast("tuple[Tensor, ...]", weights[::2])
         ctx.save_for_backward(x_PD, *matrices)
         x_TD, out = group.gather_rows(x_PD), []
         for matrix, bias, product in zip(matrices, weights[1::2], products, strict=True):
@@ -117,13 +120,19 @@ class _Columns(torch.autograd.Function):
             grad_TN @ matrix if product is None else product.input_gradient(grad_TN, matrix)
             for grad_TN, matrix, product in zip(grads, matrices, ctx.products, strict=True)
         ]
-        grad_x_PD = ctx.group.scatter(sum(parts[1:], parts[0]))
+        grad_x_PD, group, x_PD = ctx.group.scatter(sum(parts[1:], parts[0])), ctx.group, x_PD.detach()
+
+        def gradients() -> list[Tensor]:
+            x_TD = group.gather_rows(x_PD)
+            return [grad_TN.T @ x_TD for grad_TN in grads]
+
         found: list[Tensor | None] = [None] * (2 * len(grads))
-        if any(ctx.needs_input_grad[3:]):  # else they are frozen
-            x_TD = ctx.group.gather_rows(x_PD)
-            for number, (grad_TN, has_bias) in enumerate(zip(grads, ctx.biases, strict=True)):
-                found[2 * number : 2 * number + 2] = [grad_TN.T @ x_TD, grad_TN.sum(0) if has_bias else None]
-        return grad_x_PD, None, None, *found
+        if ctx.waiting:
+            weight_gradients.later(ctx.waiting, gradients)
+        elif any(ctx.needs_input_grad[4::2]):  # else they are frozen
+            found[::2] = gradients()
+        found[1::2] = [grad_TN.sum(0) if needed else None for grad_TN, needed in zip(grads, ctx.needs_input_grad[5::2], strict=True)]
+        return grad_x_PD, None, None, None, *found
 
 
 class _OwnRows(torch.autograd.Function):
@@ -190,9 +199,13 @@ class ColumnLinear(Linear):
         return self.out_features // self.group.size if self.rows is None else len(self.rows), self.in_features
 
     def _products(self, x_PD: Tensor, layers: "list[ColumnLinear]") -> tuple[Tensor, ...]:
-        weights = [one._own(parameter, x_PD.dtype) for one in layers for parameter in (one.weight, one.bias)]
+        matrices = [cast(Tensor, one._own(one.weight, x_PD.dtype)) for one in layers]
+        biases = [one._own(one.bias, x_PD.dtype) for one in layers]
         products = [one.product if x_PD.dtype == torch.bfloat16 else None for one in layers]
-        return cast("tuple[Tensor, ...]", _Columns.apply(x_PD, self.group, products, *weights))
+        waiting = matrices if weight_gradients.defers(x_PD, matrices[0]) else []
+        used = [matrix.detach() for matrix in matrices] if waiting else matrices
+        weights = [weight for pair in zip(used, biases, strict=True) for weight in pair]
+        return cast("tuple[Tensor, ...]", _Columns.apply(x_PD, self.group, products, waiting, *weights))
 
 
 class RowLinear(Linear):
@@ -210,8 +223,10 @@ class RowLinear(Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = local(self.weight).to(input.dtype)
-        eight = self.product if input.dtype == torch.bfloat16 else None
-        out_PD: Tensor = _Scatter.apply(F.linear(input, weight) if eight is None else eight(input, weight, None), self.group)
+        multiply: Any = weight_gradients.linear if weight_gradients.defers(input, weight) else F.linear
+        if self.product is not None and input.dtype == torch.bfloat16:
+            multiply = self.product
+        out_PD: Tensor = _Scatter.apply(multiply(input, weight, None), self.group)
         return out_PD if self.bias is None else out_PD + _SumGrad.apply(local(self.bias), self.group).to(input.dtype)
 
 

@@ -44,8 +44,9 @@ def devices_of(plan: Plan) -> str:
 def plan_lines(plan: Plan, tokens: float | None = None) -> list[str]:
     """A plan in a few lines; `tokens` is what the whole training reads."""
     layout, facts = plan.layout, plan.as_dict()
+    trained = "" if layout.lora is None else f", {_count(facts['trained_parameters'])} more that are trained,"
     lines = [
-        f"{plan.name}: {_count(facts['parameters'])} parameters on {devices_of(plan)}, {layout}, {layout.precision}",
+        f"{plan.name}: {_count(facts['parameters'])} parameters{trained} on {devices_of(plan)}, {layout}, {layout.precision}",
         f"batch    {layout.batch_size:,} x {layout.seq_len:,} tokens a step, in {layout.num_micro_batches:,} micro-batches a DP rank",
         f"step     {_seconds(plan.time.total)}, {_count(plan.tokens_per_second)} tokens/s, "
         f"{plan.tokens_per_second / layout.num_devices:,.0f} a {'process' if plan.hardware.is_cpu else 'GPU'}",

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.core.io import write_text
+from gristmill.parallel.layout import Layout
 from gristmill.parallel.memory import USABLE_SHARE
 from gristmill.parallel.planner import Found, Plan, published_rows
-from gristmill.parallel.schedule import Slot, timeline
+from gristmill.parallel.schedule import BACKWARD, FORWARD, INPUT, WEIGHT, Slot, timeline
 from gristmill.report.figures import r1, svg
 from gristmill.report.markup import Markup, document, el
 from gristmill.report.plan import TIME_WORDS, devices_of, plan_lines, published_lines, search_lines
@@ -31,7 +32,7 @@ def write_page(plan: Plan, path: Path, found: Found | None = None, tokens: float
         _bars("Time of a step by part, seconds", [("step", time)], None),
     ]
     if layout.pp > 1:
-        body.append(_pipeline(layout.pp, layout.vp, layout.num_micro_batches))
+        body.append(_pipeline(layout, plan.time.bubble / plan.time.total))
     if found is not None:
         body.append(el("h2", "Search"))
         body.append(el("pre", "\n".join(search_lines(found, len(found.plans)))))
@@ -85,28 +86,31 @@ def _colour(number: int, kind: str = "fill") -> str:
     return f"{kind}: var(--{COLOURS[number % len(COLOURS)]}); opacity: {0.5 if number >= len(COLOURS) else 0.9}"
 
 
-def _pipeline(pp: int, vp: int, num_micro_batches: int) -> Markup:
-    """Timeline of the schedule: a row a rank, forward and backward passes; of many micro-batches the first ones alone."""
+def _pipeline(layout: Layout, share: float) -> Markup:
+    """Timeline of the schedule: a row a rank, its passes by kind; of many micro-batches the first ones alone."""
+    pp, vp, num_micro_batches = layout.pp, layout.vp, layout.num_micro_batches
     shown = min(num_micro_batches, MAX_SHOWN // (2 * pp * vp))
-    shown -= shown % pp if vp > 1 else 0  # as the schedule needs it
+    shown -= shown % pp if vp > 1 and layout.schedule != "zbv" else 0  # as the schedule needs it
     if pp > MAX_RANKS or shown < pp:
         return el("p", f"The timeline of PP {pp}, VP {vp} has too many passes to be drawn.", class_="note")
-    slots = timeline(pp, vp, shown)
+    slots = timeline(layout.schedule, pp, vp, shown)
     end = max(row[-1].end for row in slots)
+    parted = {INPUT: "gradients of states", WEIGHT: "gradients of matrices"}
+    names = {FORWARD: "forward"} | ({BACKWARD: "backward"} if layout.schedule == "1f1b" else parted)
     width, left, high = 1040.0, 60.0, 14.0 if pp > 8 else 20.0
     scale = (width - left - 8) / end
     parts: list[Markup] = []
     for rank, row in enumerate(slots):
         y = rank * high
         parts.append(el("text", f"rank {rank}", x=r1(left - 8), y=r1(y + high - 4), text_anchor="end"))
-        for backward in (False, True):
+        for number, kind in enumerate(names):
             # one path a rank and kind; chunks of odd numbers are drawn lower, so that neighbours can be told apart
-            d = "".join(_box(slot, left, y, high=high, scale=scale, pp=pp) for slot in row if slot.backward == backward)
-            parts.append(el("path", d=d, style=_colour(int(backward))))
-    bubble = (pp - 1) / (vp * num_micro_batches)
-    text = f"A backward pass takes twice the time of its forward pass. Bubble of all {num_micro_batches:,} micro-batches: {bubble:.1%}."
+            d = "".join(_box(slot, left, y, high=high, scale=scale, pp=pp) for slot in row if slot.kind == kind)
+            parts.append(el("path", d=d, style=_colour(number)))
+    text = "Drawn with a backward pass of twice the time of its forward pass. "
+    text += f"Bubble of all {num_micro_batches:,} micro-batches, as planned: {share:.1%} of a step."
     text += f" Drawn: {shown:,}." if shown < num_micro_batches else ""
-    figure, key = svg(width, pp * high + 4, "Pipeline timeline", parts), _legend(("forward", "backward"))
+    figure, key = svg(width, pp * high + 4, "Pipeline timeline", parts), _legend(list(names.values()))
     return el("div", el("p", "Pipeline timeline", class_="title"), el("p", text, class_="sub"), key, figure, class_="figure wideplot")
 
 

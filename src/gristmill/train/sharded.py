@@ -28,6 +28,12 @@ def check_parallel(config: ModelConfig, dims: ParallelDims, *, bases: Iterable[s
     check_pipeline(config, dims)
 
 
+def is_replicated(model: nn.Module, dims: ParallelDims) -> bool:
+    """Whether processes that share out samples all have the same tensors: an adapter's, or those of a small model."""
+    small = sum(parameter.numel() for parameter in model.parameters()) < REPLICATED
+    return is_adapted(model) or (small and dims.together == 1)
+
+
 def read_parts(folder: Path, shapes: Mapping[str, Sequence[int]], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Out of a sharded checkpoint, what this process has of the tensors of some parameters, as it has these, or of others whole.
 
@@ -58,6 +64,7 @@ class ShardedModel:
 
     Attributes:
         local: what this process trains.
+        skeleton: the whole model without memory for its weights.
         started_from: fingerprint of the whole model as it was.
         is_replicated: whether the processes that share out samples have the same tensors: an adapter's, or those of a small model.
         is_padded: whether a parameter has rows that fill it up, which another mesh does not have.
@@ -69,10 +76,9 @@ class ShardedModel:
     def __init__(self, model: nn.Module, objective: Any, mesh: Mesh) -> None:
         self.started_from = fingerprint_model(model)
         mesh.agree(self.started_from, "starting weights")
-        self._mesh, self._whole = mesh, skeleton(model)
-        small = sum(parameter.numel() for parameter in model.parameters()) < REPLICATED
-        self.is_replicated = is_adapted(model) or (small and mesh.dims.together == 1)
-        self._names = set(dict(self._whole.named_parameters()))
+        self._mesh, self.skeleton = mesh, skeleton(model)
+        self.is_replicated = is_replicated(model, mesh.dims)
+        self._names = set(dict(self.skeleton.named_parameters()))
         self.local = model if mesh.pipeline is None else Pipeline(model, objective, mesh)
         for part in self.local.each() if isinstance(self.local, Pipeline) else [model]:
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -123,9 +129,9 @@ class ShardedModel:
     def assembled(self) -> nn.Module:
         """The whole model, in memory of its own (collective)."""
         parameters = {f"model|{name}": parameter.detach() for name, parameter in self.local.named_parameters()}
-        state = self._whole.state_dict() | {self._parameter(name): tensor for name, tensor in self.gathered(parameters)}
-        self._whole.load_state_dict(state, assign=True)
-        return self._whole
+        state = self.skeleton.state_dict() | {self._parameter(name): tensor for name, tensor in self.gathered(parameters)}
+        self.skeleton.load_state_dict(state, assign=True)
+        return self.skeleton
 
     def restore(self, trained: Mapping[str, Tensor]) -> None:
         """Copy whole tensors, by their parameters' names, into the parts that are here."""
@@ -150,7 +156,7 @@ class ShardedModel:
 
     def _like(self, name: str, tensor: Tensor) -> Tensor | None:
         """The parameter whose shape a tensor has, which may be padded where several processes have parts of it (`parallel.tensor`)."""
-        like = self._whole.get_parameter(self._parameter(name))
+        like = self.skeleton.get_parameter(self._parameter(name))
         return like if tensor.ndim == like.ndim and len(tensor) > len(like) else None
 
     def _shape(self, name: str, tensor: Tensor) -> list[int]:

@@ -99,7 +99,7 @@ class Trainer:
         self._trims_heap = self.device.type == "cpu" and sum(p.numel() for p in model.parameters()) >= MAX_THREADED_PARAMETERS
         chosen = settings.micro_batch_tokens or recorded_micro_batch(folder)
         self.micro_batch_tokens = chosen or choose_micro_batch(
-            model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True
+            model, settings.optimizer, precision=settings.precision, device=self.device, loaded=True, mesh=self.mesh
         )
         self.micro_batch_tokens = min(self.mesh.gather(self.micro_batch_tokens))
         self._checkpointed: bool | str = settings.checkpoint_activations if settings.checkpoint_activations != "auto" else False
@@ -147,7 +147,7 @@ class Trainer:
         self.num_steps = plan.num_steps
         longest = max(int(part.lengths.max()) for part in (data, held_out) if part is not None)
         checkpointed = fitting(
-            self.model,
+            self.model if self._sharded is None else self._sharded.skeleton,
             settings.optimizer,
             precision=settings.precision,
             tokens=self.micro_batch_tokens,
@@ -155,6 +155,7 @@ class Trainer:
             loaded=True,
             checkpoint=always_checkpointed(settings.checkpoint_activations),
             longest=longest,
+            mesh=self.mesh,
         ).checkpointed
         if settings.checkpoint_activations == "auto":
             self._checkpointed = any(self.mesh.gather(checkpointed))
@@ -275,7 +276,7 @@ class Trainer:
         scale = self._lr_scale()
         batches, fillers = self._micro_batches(samples)
         data = self.mesh.data
-        count, num_tokens = global_count(batches, data), sum(data.gather(sum(batch.num_tokens for batch in batches)))
+        count, num_tokens = global_count(batches, data)
         totals = MetricSums()
         plain = self._sharded is None or (self._sharded.is_replicated and self.mesh.dims.together == 1)
         in_place = self._in_place(len(batches) + len(fillers)) if plain and self.num_workers == 1 else nullcontext()
@@ -522,9 +523,10 @@ def _fingerprint_both(data: SampleData, validation: SampleData) -> str:
     return fingerprint_text(f"{data.fingerprint()} {validation.fingerprint()}")
 
 
-def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> int:
-    """The one divisor of a step: trained terms over the micro-batches of all processes, at least 1."""
-    return max(1, sum((mesh or Group()).gather(sum(batch.count for batch in batches))))
+def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> tuple[int, int]:
+    """The one divisor of a step, trained terms over the micro-batches of all processes, at least 1; and the step's tokens."""
+    counts = (mesh or Group()).gather([sum(batch.count for batch in batches), sum(batch.num_tokens for batch in batches)])
+    return max(1, sum(count for count, _ in counts)), sum(tokens for _, tokens in counts)
 
 
 def _change(parameter: Tensor) -> tuple[int, int]:

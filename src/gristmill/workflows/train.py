@@ -121,7 +121,7 @@ def train_model(
     say(f"{num_parameters(config) / 1e6:,.4g}M parameters, {len(rows):,} rows, {where}: {described(recipe)}")
     check_dtype(where, TRAINING_PRECISIONS[recipe.precision])
     check_float8(where, recipe.precision)
-    needed = training_memory(config, recipe, where, out / "train")
+    needed = training_memory(config, recipe, where, out / "train", mesh)
     say(f"memory of training: {needed}")
     # what is frozen in fewer bits is not held in more
     model, tokenizer = load_model(start, torch.float32 if lora is None or lora.base == "fp32" else torch.bfloat16)
@@ -316,8 +316,12 @@ def mean_loss(model: nn.Module, objective: Objective, data: ListData) -> float:
     return sum(float(output.sum) for output in outputs) / max(1, sum(output.count for output in outputs))
 
 
-def training_memory(config: ModelConfig, recipe: Training, device: torch.device, folder: Path | None = None) -> MemoryEstimate:
+def training_memory(
+    config: ModelConfig, recipe: Training, device: torch.device, folder: Path | None = None, mesh: Mesh | None = None
+) -> MemoryEstimate:
     """Memory of a training stage, whose micro-batches are the recipe's, those that the run of the folder has, or as large as fit.
+
+    Of several processes it is that of the one that holds the most.
 
     Raises:
         InputError: none fit.
@@ -328,9 +332,9 @@ def training_memory(config: ModelConfig, recipe: Training, device: torch.device,
         add_adapters(model, lora_config(recipe.lora), seed=0, base=recipe.lora.base)
     optimizer, precision = recipe.optimizer, recipe.precision
     tokens = recipe.micro_batch_tokens or recorded_micro_batch(folder)
-    tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False)
+    tokens = tokens or choose_micro_batch(model, optimizer, precision=precision, device=device, loaded=False, mesh=mesh)
     checkpoint = always_checkpointed(recipe.checkpoint_activations)
-    return fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint)
+    return fitting(model, optimizer, precision=precision, tokens=tokens, device=device, loaded=False, checkpoint=checkpoint, mesh=mesh)
 
 
 def lora_config(lora: Lora) -> LoraConfig:

@@ -10,6 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from gristmill.data.chat import Message
+from gristmill.generation.api import Request
+from gristmill.workflows.alignment.ranks import dealt
+
 
 def start(*arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gristmill", "run"]
@@ -38,6 +42,15 @@ def test_two_processes_make_the_rows_of_one(tiny_recipe: dict[str, Any], finishe
         assert texts(together[name]) == texts(rows), name
     results = [json.loads((folder / "results.json").read_text()) for folder in (finished, out)]
     assert json.loads(line)["best"] == results[1]["best"] and results[1]["best"]["model"] == results[0]["best"]["model"]
+
+
+def test_requests_of_one_prompt_go_to_one_process() -> None:
+    requests = [Request(str(n), (Message("user", str(n // 3)),), seed=n) for n in range(21)] + [Request("t", (), prompt_ids=(1, 2))]
+    shares = dealt(requests, 3)
+    assert sorted(request.id for share in shares for request in share) == sorted(request.id for request in requests)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3
+    prompts = [{request.messages for request in share} for share in shares]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 8  # none is in two shares
 
 
 def test_a_changed_recipe_is_refused_by_one_process_and_ends_both(tiny_recipe: dict[str, Any], copy: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ The first process goes through the stages as if it were alone. What others can h
 however long that takes, and read models from the run's folder.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,7 +112,7 @@ class Ranks:
 
     def _share_of_answers(self, name: str, folder: Path, requests: Sequence[Request]) -> dict[str, list[Completion]]:
         adapter = TypeAdapter(list[Completion])
-        mine = requests[self.mesh.rank :: self.mesh.size]
+        mine = dealt(requests, self.mesh.size)[self.mesh.rank]
 
         def answers() -> Any:
             done = self._engine(name, folder).generate(mine)
@@ -128,12 +127,22 @@ class Ranks:
         return [rating for share in shares for rating in adapter.validate_python(share)]
 
     def _exchange(self, work: Callable[[], Any]) -> list[Any]:
-        """What all processes' work has given; the error of one is that of all."""
+        """What all processes' work has given, as JSON values for the first one alone; the error of one is that of all."""
         try:
             mine: dict[str, Any] = {"result": work()}
         except InputError as e:
             mine = {"error": str(e)}
-        shares = self.mesh.gather(json.loads(json.dumps(mine)))
-        if self.mesh.is_writer and (errors := [share["error"] for share in shares if "error" in share]):
+        shares = self.mesh.to_first(mine)
+        if errors := [share["error"] for share in shares if "error" in share]:
             raise InputError(errors[0])
         return [share.get("result", {}) for share in shares]
+
+
+def dealt(requests: Sequence[Request], num_shares: int) -> list[list[Request]]:
+    """Requests in shares of about one size; those of one conversation together, of which an engine reads the prompt once."""
+    shares: list[list[Request]] = [[] for _ in range(num_shares)]
+    of_prompts: dict[tuple[Any, ...], list[Request]] = {}
+    for request in requests:
+        share = of_prompts.setdefault((request.messages, request.prompt_ids), min(shares, key=len))
+        share.append(request)
+    return shares
