@@ -55,10 +55,10 @@ def test_a_second_turn_shows_its_first_prompt_and_that_ones_topic(
     first = next(p for p in rows if p.origin == "demonstrations" and len(p.messages) == 1)
     talk = (*first.messages, Message("assistant", "Said."), Message("user", "And then?"))
     answered = {r.prompt for s in ("r1-answers", "r1-dpo-pairs") for r in artifacts.RESPONSES.read(stage_folder(folder, s))}
-    chosen = next(p for p in rows if p.id in answered and p is not first)
+    chosen = next(p for p in rows if p.id in answered and p.task != first.task)
     second = dataclasses.replace(chosen, messages=talk, origin="r9-writer", parents=("a-request", "an-answer", first.id, first.id))
     # the only one of its task that a model wrote, so that it is drawn
-    others = [dataclasses.replace(p, origin="demonstrations") if p.task == chosen.task else p for p in rows]
+    others = [dataclasses.replace(p, origin="file") if p.task == chosen.task else p for p in rows]
     artifacts.PROMPTS.write(stage, [second if p.id == chosen.id else p for p in others])
     lineage, _ = lineage_of(folder)
     assert lineage.opening(second) == first and lineage.topic(second) == lineage.topic(first) is not None
