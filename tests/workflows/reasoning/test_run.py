@@ -117,6 +117,21 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(calm: Path, tiny_ba
     assert len(ids) == len(set(ids))
 
 
+def test_a_model_is_pretrained_further_on_documents_first(tiny_base: Path, tmp_path: Path) -> None:
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"Say {word}. It is {word}."}) + "\n" for word in (*EASY, *HARD)))
+    further = {"documents": str(documents), "tokens": 64, "batch_tokens": 32, "lr": 1e-2, "precision": "fp32"}
+    recipe = make(tmp_path, tiny_base, pretraining=further, stages=[], sft={"lr": 1e-3, "steps": 1, "batch_size": 4, "precision": "fp32"})
+    results = quietly(recipe, tmp_path / "run")
+    assert [s["folder"] for s in read_run(tmp_path / "run").stages[:4]] == ["00-data", "01-pretraining", "02-base", "03-sft"]
+    given, further_trained, base = (
+        load_file(f / "model.safetensors") for f in (tiny_base, tmp_path / "run/01-pretraining/model", tmp_path / "run/02-base/model")
+    )
+    name = next(name for name in given if "layers.0" in name and "norm" not in name)
+    assert not (given[name] == further_trained[name]).all() and (further_trained[name] == base[name]).all()
+    assert quietly(recipe, tmp_path / "run") == results, "it is done"
+
+
 def test_the_page_shows_modes_budgets_and_one_question_twice_and_runs_nothing(calm: Path, tmp_path: Path) -> None:
     page = write_page(read_run(calm / "run")).read_text()
     assert "Thinking budget" in page and "By level" in page and "Reinforcement learning: easy" in page and page.count("thinking off ") > 1
@@ -177,6 +192,8 @@ def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, t
         ({"world": "miniature"}, "leave the files out, or the world"),
         ({"rl": {"rewards": {"form": "any"}}}, "must be thinking"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "each another name"),
+        ({"stages": [{"name": "pretraining"}]}, "each another name"),
+        ({"pretraining": {"tokens": 100}}, "without one give `documents`"),
         ({"rl": {"on": 0.5}}, "share_on"),
         ({"budgets": [8, -1]}, "budgets"),
     ],

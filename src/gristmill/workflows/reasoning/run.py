@@ -1,12 +1,13 @@
 """A reasoning run: SFT with the toggle, stages of reinforcement learning from easy to hard, the model before and after in both modes.
 
 00-data     answers that are imitated, without those that are rejected; also as Llama-Nemotron's records
-01-base     the model with a token for each tag of thinking
-02-sft      trained on them
-03-before   answers to the held-out prompts, in both modes
-04-NAME     a stage of reinforcement learning: a run of `gristmill rl` in its folder `run`, which goes on from its own checkpoint
+NN-pretraining   the model, trained further on documents, where the recipe asks for it
+NN-base     the model with a token for each tag of thinking
+NN-sft      trained on them
+NN-before   answers to the held-out prompts, in both modes
+NN-NAME     a stage of reinforcement learning: a run of `gristmill rl` in its folder `run`, which goes on from its own checkpoint
 ..
-NN-after    as 03-before, and under thinking budgets
+NN-after    as before, and under thinking budgets
 """
 
 import json
@@ -42,6 +43,7 @@ from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.workflows.alarms import few_steps, few_updates, worse_on
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
+from gristmill.workflows.pretrain import pretrain
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe, RlStage
 from gristmill.workflows.reasoning.rows import FileRows, WorldRows, judged
 from gristmill.workflows.rl import loop as rl
@@ -87,7 +89,8 @@ class _Run:
         asked = [[p.id, p.truth] for p in self.evaluation]
         given = [asked, *([row.id, row.messages[-1].content, truth] for row, truth in self.demonstrations)]
         data = self.dir.stage("data", given, self._data, artifacts=[HUMAN_DEMONSTRATIONS, EVALUATION], files=[RECORDS])
-        base = self.dir.stage("base", fingerprint(self.start), self._base, files=[f"{MODEL}/*"])
+        start = self._pretrained()
+        base = self.dir.stage("base", fingerprint(start), partial(self._base, start=start), files=[f"{MODEL}/*"])
         inputs = [data.fingerprint, base.fingerprint, recipe.sft.model_dump(mode="json"), recipe.seed, recipe.chat_format]
         sft = self.dir.stage("sft", inputs, partial(self._sft, base=base.folder / MODEL, data=data.folder), files=[f"{MODEL}/*"])
         model = sft.folder / MODEL
@@ -129,8 +132,21 @@ class _Run:
         write_text(folder / RECORDS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         return {"kept_rows": len(kept), "num_evaluation": len(self.evaluation), "rejected": Counter(reason for reason in why if reason)}
 
-    def _base(self, folder: Path) -> dict[str, Any]:
-        return add_thinking_tokens(self.start, folder / MODEL)
+    def _pretrained(self) -> Path:
+        """The model that the run starts from, trained further on documents where the recipe asks for it."""
+        if self.recipe.pretraining is None:
+            return self.start
+        recipe = self.recipe.pretraining_recipe(self.start)
+
+        def work(folder: Path) -> dict[str, Any]:
+            result = pretrain(recipe, folder, self.progress.train_step)
+            return {"steps": result.steps, "tokens": result.tokens}
+
+        inputs = [fingerprint(self.start), self.recipe.pretraining.model_dump(mode="json"), self.recipe.seed]
+        return self.dir.stage("pretraining", inputs, work, files=[f"{MODEL}/*"]).folder / MODEL
+
+    def _base(self, folder: Path, start: Path) -> dict[str, Any]:
+        return add_thinking_tokens(start, folder / MODEL)
 
     def _sft(self, folder: Path, base: Path, data: Path) -> dict[str, Any]:
         rows: list[Demonstration] = HUMAN_DEMONSTRATIONS.read(data)
