@@ -1,6 +1,7 @@
 """Process supervision: which steps of a trace earn something, which tokens they are, and that nothing else earns."""
 
 import itertools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -99,6 +100,7 @@ def test_a_group_that_is_all_wrong_has_a_spread_in_its_steps(tmp_path: Path) -> 
     prompt = Prompt("p", "", with_toggle((Message("user", "3, 4 more, twice?"),), "on"), "file", (), TRUTH)
     answers = [Completion(t, len(ids := tokenizer.encode(t)), (-0.1,) * len(ids), "stop", tuple(ids)) for t in texts]
     rewards = [Reward(0.0, 0.0, 1.0, steps=step_verdicts(STEPS, text, 0.0)) for text in texts]
+    rewards = [Reward(**json.loads(json.dumps(vars(reward)))) for reward in rewards]  # as a journal keeps them
     group = Group("g", prompt, answers, rewards)
     assert group.has_spread and not Group("g", prompt, answers, [rewards[0]] * 2).has_spread
     policy = SimpleNamespace(chat_format=SimpleNamespace(render_prompt=lambda messages, tokenizer: [1]), tokenizer=tokenizer)
