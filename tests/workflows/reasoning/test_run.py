@@ -130,6 +130,9 @@ def test_a_model_is_pretrained_further_on_documents_first(tiny_base: Path, tmp_p
     name = next(name for name in given if "layers.0" in name and "norm" not in name)
     assert not (given[name] == further_trained[name]).all() and (further_trained[name] == base[name]).all()
     assert quietly(recipe, tmp_path / "run") == results, "it is done"
+    documents.unlink()
+    with pytest.raises(InputError, match="which pretraining.documents names"):
+        quietly(recipe, tmp_path / "other")
 
 
 def test_the_page_shows_modes_budgets_and_one_question_twice_and_runs_nothing(calm: Path, tmp_path: Path) -> None:
@@ -201,6 +204,13 @@ def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, t
 def test_recipes_that_cannot_work_are_refused(tmp_path: Path, tiny_base: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         make(tmp_path, tiny_base, **changes)
+
+
+def test_steps_are_not_rewarded_where_no_prompt_has_any(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make(tmp_path, tiny_base, rl={"rewards": {"form": "thinking", "supervision": "process"}})
+    with pytest.raises(InputError, match="no prompt has a truth with `steps`"):
+        quietly(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_level_that_no_prompt_has_is_named(tmp_path: Path, tiny_base: Path) -> None:

@@ -22,8 +22,9 @@ import torch
 
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_text
+from gristmill.core.io import stamp, stamps, write_text
 from gristmill.core.progress import Progress
+from gristmill.core.untrusted import quoted_path
 from gristmill.data.chat import to_dicts
 from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration, Prompt
@@ -47,7 +48,7 @@ from gristmill.workflows.pretrain import pretrain
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe, RlStage
 from gristmill.workflows.reasoning.rows import FileRows, WorldRows, judged
 from gristmill.workflows.rl import loop as rl
-from gristmill.workflows.rl.prompts import check_room
+from gristmill.workflows.rl.prompts import check_room, check_steps
 from gristmill.workflows.train import MODEL, train_model
 
 ANSWERS, RECORDS, PROMPTS, WATCHED, RL_RUN = "answers.jsonl", "llama-nemotron.jsonl", "prompts.jsonl", "watched.jsonl", "run"
@@ -73,7 +74,11 @@ class _Run:
         self.rows = FileRows(recipe) if recipe.world is None else WorldRows(recipe)
         self.evaluation = self.rows.evaluation()
         self.prompts = {stage.name: self.rows.prompts(stage) for stage in recipe.stages}
+        for prompts in self.prompts.values():
+            check_steps(recipe.rl.rewards, prompts)
         self.demonstrations = self.rows.demonstrations()
+        if (documents := recipe.pretraining and recipe.pretraining.documents) and not documents.exists():
+            raise InputError(f"There is no {quoted_path(documents)}, which pretraining.documents names: check the path.")
         given = [*self.evaluation, *(p for prompts in self.prompts.values() for p in prompts)]
         tokenizer, context = Tokenizer.load(self.start), read_config(self.start)[1].max_positions
         form = find_format(recipe.chat_format, tokenizer)
@@ -142,7 +147,9 @@ class _Run:
             result = pretrain(recipe, folder, self.progress.train_step)
             return {"steps": result.steps, "tokens": result.tokens}
 
-        inputs = [fingerprint(self.start), self.recipe.pretraining.model_dump(mode="json"), self.recipe.seed]
+        documents = recipe.documents
+        content = stamps(documents, ["*"]) if documents and documents.is_dir() else documents and stamp(documents)
+        inputs = [fingerprint(self.start), self.recipe.pretraining.model_dump(mode="json"), self.recipe.seed, content]
         return self.dir.stage("pretraining", inputs, work, files=[f"{MODEL}/*"]).folder / MODEL
 
     def _base(self, folder: Path, start: Path) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class Rewards(Section):
         names = [*PARTS, *(function.name for function in self.functions)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"functions: another part has the name {twice[0]}; give each function its own")
+        if self.supervision == "process" and self.form != "thinking":
+            raise ValueError("supervision: process rewards the steps of thinking, and goes with form: thinking")
         return self
 
     @property
