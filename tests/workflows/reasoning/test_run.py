@@ -25,6 +25,7 @@ from gristmill.workflows.reasoning.run import run
 
 # Short answers pass now and then, so that groups have a spread.
 TRUTH = {"kind": "instructions", "checks": [{"id": "length_constraints:number_words", "relation": "less than", "num_words": 8}]}
+PENALTY = {"form": "thinking", "form_penalty": 1.0}
 EASY, HARD = ("bee", "moss", "rain", "salt"), ("wind", "tree", "sand", "hail")
 
 
@@ -52,7 +53,10 @@ def make(folder: Path, base: Path, **changes: Any) -> ReasoningRecipe:
         "data": {**rows_of(folder), "task": "words"},
         "sft": {"lr": 3e-3, "steps": 12, "batch_size": 4, "precision": "fp32"},
         "rl": {"prompts": 2, "samples": 4, "max_tokens": 16, "training": {"precision": "fp32"}, "engine": {"precision": "fp32"}},
-        "stages": [{"name": "easy", "levels": [1], "steps": 2}, {"name": "hard", "levels": [2], "steps": 1, "max_thinking_tokens": 4}],
+        "stages": [
+            {"name": "easy", "levels": [1], "steps": 2},
+            {"name": "hard", "levels": [2], "steps": 1, "max_thinking_tokens": 4, "rewards": PENALTY},
+        ],
         "budgets": [0, 4],
         **changes,
     }
@@ -194,6 +198,7 @@ def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, t
         ({"data": {}}, "give demonstrations and prompts and evaluation, or name a world"),
         ({"world": "miniature"}, "leave the files out, or the world"),
         ({"rl": {"rewards": {"form": "any"}}}, "must be thinking"),
+        ({"stages": [{"name": "a", "rewards": {"form": "any"}}]}, "must be thinking"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "each another name"),
         ({"stages": [{"name": "pretraining"}]}, "each another name"),
         ({"pretraining": {"tokens": 100}}, "without one give `documents`"),

@@ -69,6 +69,14 @@ def test_a_wrong_form_earns_nothing_whatever_its_steps(text: str) -> None:
     assert list(rewarded("The answer is 14.", mode="off").steps) == [] and LINES["off"]
 
 
+def test_a_wrong_form_may_cost_something() -> None:
+    """Where no answer is right, as of sums with thinking off, nothing else tells a leaking trace from a plain wrong answer."""
+    prompt = Prompt("p", "", with_toggle((Message("user", "3, 4 more, twice?"),), "off"), "file", (), TRUTH)
+    texts = ("The answer is 15.", "3 + 4 = 7.</think>The answer is 15.", "3 + 4 = 7.</think>The answer is 14.")
+    rewarder = Rewarder(Rewards(form="thinking", form_penalty=0.5), Verifier(None), 64)
+    assert [r.total for r in rewarder.rewards([prompt] * 3, [Completion(t, 9, (), "stop") for t in texts])] == [0.0, -0.5, -0.5]
+
+
 def test_a_step_is_told_apart_only_from_answers_that_came_as_far() -> None:
     found = step_advantages("mean", [[1, 1, 1], [1, 0], [0], [1, 1, 0]])
     assert found == [pytest.approx(x) for x in ([0.25, 1 / 3, 0.5], [0.25, -2 / 3], [-0.75], [0.25, 1 / 3, -0.5])]

@@ -54,12 +54,15 @@ class MidTraining(Section):
 class RlStage(Section):
     """One stage of reinforcement learning, from the model of the stage before."""
 
+    added: ClassVar[frozenset[str]] = frozenset({"rewards"})
+
     name: RunName
     levels: tuple[int, ...] = Field((), description="only prompts of these levels; none: all")
     num_prompts: int = Field(400, gt=0, description="at most, before the curriculum leaves any out")
     steps: int = Field(50, gt=0, description="rollout steps")
     max_thinking_tokens: int | None = Field(None, ge=0, description="a budget for thinking; null: any")
     curriculum: Curriculum | None = Field(None, description="within the stage; none: the order of the seed")
+    rewards: Rewards | None = Field(None, description="of the stage; none: those of `rl`")
 
 
 class RlSettings(Section):
@@ -117,7 +120,7 @@ class ReasoningRecipe(Recipe):
             raise ValueError("data: a world supplies its own rows; leave the files out, or the world")
         if self.pretraining is not None and (self.world is None) == (self.pretraining.documents is None):
             raise ValueError("pretraining: a world supplies its own documents, and without one give `documents`")
-        if self.rl.rewards.form != "thinking":
+        if any(self.rewards_of(stage).form != "thinking" for stage in self.stages) or self.rl.rewards.form != "thinking":
             raise ValueError("rl.rewards.form must be thinking: without it the toggle would be lost")
         names = [*OWN_STAGES, *(stage.name for stage in self.stages)]
         if len(set(names)) < len(names):
@@ -129,12 +132,17 @@ class ReasoningRecipe(Recipe):
         assert self.pretraining is not None
         return Pretraining(world=self.world, model=model, seed=self.seed, device=self.device, **dict(self.pretraining))
 
+    def rewards_of(self, stage: RlStage) -> Rewards:
+        """What answers earn in a stage."""
+        return stage.rewards or self.rl.rewards
+
     def rl_recipe(self, stage: RlStage, *, model: str, prompts: str, evaluation: str) -> StageRecipe:
         """The recipe of a stage's `gristmill rl`, on files of prompts."""
         shared: dict[str, Any] = {
             name: getattr(self.rl, name) for name in RlSettings.model_fields if name not in ("share_on", "share_others")
         }
-        own = {name: getattr(stage, name) for name in ("steps", "max_thinking_tokens", "curriculum")}
+        own: dict[str, Any] = {name: getattr(stage, name) for name in ("steps", "max_thinking_tokens", "curriculum")}
+        shared["rewards"] = self.rewards_of(stage)
         run = {"name": stage.name, "model": model, "chat_format": self.chat_format, "seed": self.seed}
         data = RlData.model_validate({"prompts": prompts, "evaluation": evaluation})
         return StageRecipe(**shared, **own, **run, threads=self.threads, device=self.device, data=data)

@@ -74,8 +74,8 @@ class _Run:
         self.rows = FileRows(recipe) if recipe.world is None else WorldRows(recipe)
         self.evaluation = self.rows.evaluation()
         self.prompts = {stage.name: self.rows.prompts(stage) for stage in recipe.stages}
-        for prompts in self.prompts.values():
-            check_steps(recipe.rl.rewards, prompts)
+        for stage in recipe.stages:
+            check_steps(recipe.rewards_of(stage), self.prompts[stage.name])
         self.demonstrations = self.rows.demonstrations()
         if (documents := recipe.pretraining and recipe.pretraining.documents) and not documents.exists():
             raise InputError(f"There is no {quoted_path(documents)}, which pretraining.documents names: check the path.")

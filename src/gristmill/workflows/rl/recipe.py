@@ -69,7 +69,7 @@ class Judge(GeneratorSettings):
 class Rewards(Section):
     """What an answer earns: the weighted sum of its parts if it keeps to the form, less what it is punished for."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"reward_model", "judge", "supervision"})
+    added: ClassVar[frozenset[str]] = frozenset({"reward_model", "judge", "supervision", "form_penalty"})
 
     verifier: float = Field(1.0, ge=0, description="weight of the verdict of programs, on prompts with a truth; 0: it is measured alone")
     reward_model: RewardModel | None = Field(None, description="a reward model's score as a part")
@@ -78,6 +78,7 @@ class Rewards(Section):
     form: Literal["any", "thinking"] = Field(
         "any", description="thinking: a block in front where the system line is `detailed thinking on`, and none elsewhere"
     )
+    form_penalty: float = Field(0.0, ge=0, description="what a wrong form costs: with 0 it is no worse than a wrong answer")
     supervision: Literal["outcome", "process"] = Field(
         "outcome", description="process: steps are rewarded one by one where a truth has `steps` and thinking is on"
     )

@@ -80,7 +80,7 @@ class Rewarder:
         parts = {name: value for name, value in found.items() if isinstance(value, float)}
         error = next((value for value in found.values() if isinstance(value, str)), "")
         earned = rewards.verifier * right + sum(part.weight * parts[part.name] for part in self._parts if part.name in parts)
-        total = (earned if form else min(0.0, earned)) + overlong
+        total = (earned if form else min(0.0, earned) - rewards.form_penalty) + overlong
         masked = bool(error) or (answer.finish != "stop" and rewards.cut_off == "masked")
         return Reward(total, right, form, overlong, parts, error, masked, self._steps(prompt, answer, total if form else None))
 
