@@ -9,9 +9,9 @@ import pytest
 from gristmill.data.thinking import keeps_form, split_answer, toggle_of
 from gristmill.judge.programs import Verifier
 from gristmill.miniature import reasoning, sums
-from gristmill.miniature.world import HELD_OUT_PER_LEVEL, World
+from gristmill.miniature.world import HELD_OUT_PER_LEVEL, LONG_SUMS, World
 from gristmill.sandbox.sandbox import Sandbox
-from gristmill.verify.verify import EQUATION, verify, working_holds
+from gristmill.verify.verify import EQUATION, check_truth, verify, working_holds
 from gristmill.workflows.reasoning.rows import judged
 
 
@@ -57,6 +57,16 @@ def test_nobody_is_trained_on_what_is_held_out(world: World) -> None:
     assert held.isdisjoint(asked) and len(held) == 6 * HELD_OUT_PER_LEVEL
     for document in itertools.islice(world.documents(0), 300):
         assert held.isdisjoint(re.findall(r"Exercise\. (.+)", document))
+    long = list(itertools.islice(world.documents(0, {LONG_SUMS: 1.0}), 300))
+    asked = [question for document in long for question in re.findall(r"Exercise\. (.+)", document)]
+    assert held.isdisjoint(asked) and max(len(EQUATION.findall(document)) for document in long if "Exercise" in document) == 6
+
+
+def test_prompts_of_sums_say_their_steps_and_no_others_do(world: World) -> None:
+    for prompt in reasoning.prompts(world, (2, 5), 40, on=0.7, others=0.3, seed=0):
+        assert prompt.truth is not None
+        check_truth(prompt.truth)
+        assert len(prompt.truth.get("steps", ())) == (prompt.meta["level"] if prompt.task == sums.TASK else 0)
 
 
 def test_prompts_of_a_stage_keep_to_its_levels_and_shares(world: World) -> None:

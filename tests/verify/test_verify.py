@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gristmill.core.errors import InputError
 from gristmill.miniature import lists
-from gristmill.verify.verify import last_number, verify
+from gristmill.verify.verify import check_truth, last_number, verify
 
 # ---- number ----
 
@@ -352,6 +352,14 @@ def test_lists_of_the_miniature_world_are_right_and_spoilt_ones_wrong(seed: int,
 def test_a_bad_truth_is_named(truth: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         verify(truth, "B 18", lambda program, tests: True)
+
+
+@pytest.mark.parametrize("steps", ["3 + 4 = 7", ["3 plus 4"], ["3 + 4 = 7."], [7]])
+def test_steps_that_are_no_equations_are_named(steps: Any) -> None:
+    truth = {"kind": "number", "value": 7}
+    check_truth(truth | {"steps": ["3 + 4 = 7"]})
+    with pytest.raises(InputError, match="write each as '3 \\+ 4 = 7'"):
+        check_truth(truth | {"steps": steps})
 
 
 @pytest.mark.parametrize(

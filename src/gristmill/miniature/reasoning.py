@@ -92,7 +92,8 @@ def prompts(world: World, levels: Sequence[int], num: int, *, on: float, others:
         is_other = rng.random() < others
         problem = _other(world, rng) if is_other else _sum(world, rng, levels[i % len(levels)])
         mode: Mode = "on" if rng.random() < (0.5 if is_other else on) else "off"
-        out.append(_prompt(problem, mode, make_id("reasoning-prompt", seed, list(levels), i)))
+        prompt = _prompt(problem, mode, make_id("reasoning-prompt", seed, list(levels), i))
+        out.append(replace(prompt, truth=problem.truth | {"steps": _steps(problem)}) if problem.task == sums.TASK else prompt)
     return out
 
 
@@ -107,6 +108,11 @@ def held_out(world: World, num_level: int, num_task: int, *, skip: int = 0) -> l
     found = [p for level in LEVELS for p in world.levels[level][skip : skip + num_level]]
     found += [p for task in OTHER_TASKS for p in world.held_out[task][skip : skip + num_task]]
     return [_prompt(problem, mode, make_id("held-out", prompt_text(problem.messages), mode)) for problem in found for mode in LINES]
+
+
+def _steps(problem: Problem) -> list[str]:
+    """The equations of a sum's trace."""
+    return [step.strip(". ") for step in problem.trace.split(". ")]
 
 
 def _prompt(problem: Problem, mode: Mode, name: str) -> Prompt:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Sequence
 
 from gristmill.miniature.problem import Problem, pick, single_turn
 
@@ -70,12 +71,12 @@ def sample(rng: random.Random, level: int | None = None) -> Problem:
     return single_turn(TASK, question, f"{worked} The answer is {value}.", truth=truth, topic=thing, level=level, trace=worked)
 
 
-def document(rng: random.Random) -> str:
+def document(rng: random.Random, levels: Sequence[int] = LEVELS) -> str:
     """Equations, a told story with its working, or an exercise with its solution."""
     kind = rng.random()
     if kind < 0.45:
         return " ".join(work(*plan(rng, 1))[0] for _ in range(rng.randint(4, 7)))
-    start, steps = plan(rng, pick(rng, LEVELS))
+    start, steps = plan(rng, pick(rng, levels))
     worked, value = work(start, steps)
     who, thing = pick(rng, PEOPLE), pick(rng, THINGS)
     told = story(rng, who, thing, start=start, steps=steps)

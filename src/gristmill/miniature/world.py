@@ -34,6 +34,7 @@ NEXT_REQUEST = "Asked: {question}\nSaid: {answer}\nWrite the next question."
 HELD_OUT_PER_TASK, HELD_OUT_PER_LEVEL = 150, 60
 # Kinds of documents, and up to which share of them each goes.
 KINDS = {"facts": 0.24, "sums": 0.56, "code": 0.72, "lists": 0.87, "followups": 1.0}
+LONG_SUMS = "long_sums"  # a kind that is drawn only where weights name it: sums of as many operations as runs that think have
 QUESTION = re.compile(r"(?:Question|Exercise|Asked)[:.] (.+?)(?: Reply|\n|$)")
 SPEAKER = re.compile(r"^(?:Asked|Said): ", re.M)
 
@@ -106,7 +107,7 @@ class World:
         """An endless stream of pretraining documents.
 
         Args:
-            weights: shares of the kinds of documents (`KINDS`); default the Base model's.
+            weights: shares of the kinds of documents (`KINDS`, LONG_SUMS); default the Base model's.
         """
         rng = random.Random(f"documents-{seed}")
         while True:
@@ -124,6 +125,8 @@ class World:
             return self.lands.document(rng)
         if kind == "sums":
             return sums.document(rng)
+        if kind == LONG_SUMS:
+            return sums.document(rng, sums.ALL_LEVELS)
         if kind == "code":
             return code.document(rng)
         if kind == "lists":

@@ -136,7 +136,7 @@ class Rollout(Sample):
     Rollouts with the same ``prompt`` (any name but "") go through the model together: see ``RolloutGroup``.
 
     Attributes:
-        advantage: of the answer against the others of its group.
+        advantage: of the answer against the others of its group, or of each target.
         logprobs: of each target, under the policy as it sampled them.
         weight: of each target's term in the loss sum.
         num_terms: what the answer adds to the divisor of the step.
@@ -145,7 +145,7 @@ class Rollout(Sample):
     """
 
     _: KW_ONLY
-    advantage: float = 0.0
+    advantage: float | np.ndarray = 0.0
     logprobs: Sequence[float] | np.ndarray = ()
     prompt: str = ""
     weight: float = 1.0
@@ -292,7 +292,7 @@ class RolloutBatch:
     tokens: TokenBatch
     documents_R: Tensor
     lengths_N: Tensor  # sampled tokens of each document
-    advantages_N: Tensor
+    advantages_R: Tensor
     weights_N: Tensor
     sampler_R: Tensor
     old_R: Tensor | None
@@ -379,12 +379,13 @@ def collate_rollouts(groups: Sequence[RolloutGroup], device: torch.device, *, fi
         return torch.tensor(values, dtype=torch.float32, device=device)
 
     sampler_R = rows([np.asarray(answer.logprobs) for answer in answers])
-    assert sampler_R is not None
+    advantages_R = rows([np.broadcast_to(np.float32(answer.advantage), answer.num_targets) for answer in answers])
+    assert sampler_R is not None and advantages_R is not None
     return RolloutBatch(
         tokens=_token_batch([group.answers for group in groups], device, fill),
         documents_R=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device),
         lengths_N=torch.from_numpy(lengths).to(device),
-        advantages_N=each([answer.advantage for answer in answers]),
+        advantages_R=advantages_R,
         weights_N=each([answer.weight for answer in answers]),
         sampler_R=sampler_R,
         old_R=rows([answer.old for answer in answers]),

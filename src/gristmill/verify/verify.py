@@ -13,7 +13,8 @@
 | instructions | checks, loose | every IFEval check holds, strictly or in the loose form |
 | schema | schema | the JSON in the answer fits the JSON schema |
 
-What a reasoning model thinks is no part of its answer (`core/response_text.py`).
+What a reasoning model thinks is no part of its answer (`core/response_text.py`). A truth's `steps` are the equations that its thinking is
+to have, for process supervision (`workflows/rl/process.py`).
 """
 
 import collections
@@ -157,6 +158,9 @@ def check_truth(truth: dict[str, Any]) -> None:
             )
     if kind == "instructions" and not truth["checks"]:
         raise InputError(f"The truth {_shown(truth)} has no checks, so that any answer passes: give at least one.")
+    steps = truth.get("steps", ())
+    if not isinstance(steps, (list, tuple)) or not all(isinstance(step, str) and EQUATION.fullmatch(step) for step in steps):
+        raise InputError(f"The truth {_shown(truth)} has steps that are no list of equations: write each as '3 + 4 = 7'.")
     for check in truth["checks"] if kind == "instructions" else ():
         relation = next((value for key, value in check.items() if key.endswith("relation")), None)
         limit = next((value for key, value in check.items() if key.startswith("num_") or key.endswith("frequency")), 1)

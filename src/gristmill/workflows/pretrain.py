@@ -35,6 +35,7 @@ from gristmill.train.settings import CHECKPOINTING, COMPILE, BatchSize, ramp_of
 from gristmill.train.sharded import check_parallel
 from gristmill.train.trainer import OnStep, Trainer, TrainResult, TrainSettings
 
+DocumentKind = Literal["facts", "sums", "long_sums", "code", "lists", "followups"]
 TOKENIZER_DOCUMENTS = 4000  # documents that a new tokenizer is trained on
 ENCODE_BATCH = 4096
 HELD_OUT, HELD_OUT_DOCUMENTS, HELD_OUT_SEED = "held_out.json", 200, 10_000  # a source's documents; of a world they have another seed
@@ -48,7 +49,7 @@ class Pretraining(Recipe):
     documents: FilePath | None = Field(
         None, description="a .jsonl or .parquet file with a `text` column, a folder of .txt files, or one of `gristmill blend`"
     )
-    weights: dict[Literal["facts", "sums", "code", "lists", "followups"], Annotated[float, Field(gt=0)]] | None = Field(
+    weights: dict[DocumentKind, Annotated[float, Field(gt=0)]] | None = Field(
         None, description="of the world: shares of its kinds of documents"
     )
     held_out: dict[Line, FilePath] = Field(

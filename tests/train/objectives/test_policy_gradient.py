@@ -106,6 +106,16 @@ def test_the_first_update_is_reinforce(make_model: Make, rollouts: list[Rollout]
     assert distance(clipped, plain) < 1e-5 and max(float(g.abs().max()) for g in clipped) > 1e-3
 
 
+def test_each_token_may_have_an_advantage_of_its_own(make_model: Make, rollouts: list[Rollout]) -> None:
+    """Equal ones are the answer's; those of first tokens alone give the gradient of answers without the others."""
+    model, objective = make_model(), PolicyGradientObjective()
+    each = [replace(r, advantage=np.full(r.num_targets, r.advantage)) for r in rollouts]
+    assert distance(gradients(model, objective, each)[1], gradients(model, objective, rollouts)[1]) == 0
+    first = [replace(r, advantage=np.eye(1, r.num_targets)[0] * r.advantage) for r in rollouts]
+    cut = [replace(r, mask=[False] * 4 + [True] + [False] * (len(r.ids) - 5), logprobs=r.logprobs[:1]) for r in rollouts]
+    assert distance(gradients(model, objective, first)[1], gradients(model, objective, cut)[1]) < 1e-4
+
+
 @pytest.mark.parametrize("kind", ["token", "sequence", "constant"])
 def test_micro_batches_change_no_gradient(make_model: Make, rollouts: list[Rollout], kind: Any) -> None:
     rollouts = normalized(rollouts, kind, 9)

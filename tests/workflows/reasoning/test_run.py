@@ -25,6 +25,7 @@ from gristmill.workflows.reasoning.run import run
 
 # Short answers pass now and then, so that groups have a spread.
 TRUTH = {"kind": "instructions", "checks": [{"id": "length_constraints:number_words", "relation": "less than", "num_words": 8}]}
+PENALTY = {"form": "thinking", "form_penalty": 1.0}
 EASY, HARD = ("bee", "moss", "rain", "salt"), ("wind", "tree", "sand", "hail")
 
 
@@ -52,7 +53,10 @@ def make(folder: Path, base: Path, **changes: Any) -> ReasoningRecipe:
         "data": {**rows_of(folder), "task": "words"},
         "sft": {"lr": 3e-3, "steps": 12, "batch_size": 4, "precision": "fp32"},
         "rl": {"prompts": 2, "samples": 4, "max_tokens": 16, "training": {"precision": "fp32"}, "engine": {"precision": "fp32"}},
-        "stages": [{"name": "easy", "levels": [1], "steps": 2}, {"name": "hard", "levels": [2], "steps": 1, "max_thinking_tokens": 4}],
+        "stages": [
+            {"name": "easy", "levels": [1], "steps": 2},
+            {"name": "hard", "levels": [2], "steps": 1, "max_thinking_tokens": 4, "rewards": PENALTY},
+        ],
         "budgets": [0, 4],
         **changes,
     }
@@ -117,6 +121,24 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(calm: Path, tiny_ba
     assert len(ids) == len(set(ids))
 
 
+def test_a_model_is_pretrained_further_on_documents_first(tiny_base: Path, tmp_path: Path) -> None:
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"Say {word}. It is {word}."}) + "\n" for word in (*EASY, *HARD)))
+    further = {"documents": str(documents), "tokens": 64, "batch_tokens": 32, "lr": 1e-2, "precision": "fp32"}
+    recipe = make(tmp_path, tiny_base, pretraining=further, stages=[], sft={"lr": 1e-3, "steps": 1, "batch_size": 4, "precision": "fp32"})
+    results = quietly(recipe, tmp_path / "run")
+    assert [s["folder"] for s in read_run(tmp_path / "run").stages[:4]] == ["00-data", "01-pretraining", "02-base", "03-sft"]
+    given, further_trained, base = (
+        load_file(f / "model.safetensors") for f in (tiny_base, tmp_path / "run/01-pretraining/model", tmp_path / "run/02-base/model")
+    )
+    name = next(name for name in given if "layers.0" in name and "norm" not in name)
+    assert not (given[name] == further_trained[name]).all() and (further_trained[name] == base[name]).all()
+    assert quietly(recipe, tmp_path / "run") == results, "it is done"
+    documents.unlink()
+    with pytest.raises(InputError, match="which pretraining.documents names"):
+        quietly(recipe, tmp_path / "other")
+
+
 def test_the_page_shows_modes_budgets_and_one_question_twice_and_runs_nothing(calm: Path, tmp_path: Path) -> None:
     page = write_page(read_run(calm / "run")).read_text()
     assert "Thinking budget" in page and "By level" in page and "Reinforcement learning: easy" in page and page.count("thinking off ") > 1
@@ -176,7 +198,10 @@ def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, t
         ({"data": {}}, "give demonstrations and prompts and evaluation, or name a world"),
         ({"world": "miniature"}, "leave the files out, or the world"),
         ({"rl": {"rewards": {"form": "any"}}}, "must be thinking"),
+        ({"stages": [{"name": "a", "rewards": {"form": "any"}}]}, "must be thinking"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "each another name"),
+        ({"stages": [{"name": "pretraining"}]}, "each another name"),
+        ({"pretraining": {"tokens": 100}}, "without one give `documents`"),
         ({"rl": {"on": 0.5}}, "share_on"),
         ({"budgets": [8, -1]}, "budgets"),
     ],
@@ -184,6 +209,13 @@ def test_rows_that_cannot_be_used_are_refused_before_any_work(tiny_base: Path, t
 def test_recipes_that_cannot_work_are_refused(tmp_path: Path, tiny_base: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         make(tmp_path, tiny_base, **changes)
+
+
+def test_steps_are_not_rewarded_where_no_prompt_has_any(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = make(tmp_path, tiny_base, rl={"rewards": {"form": "thinking", "supervision": "process"}})
+    with pytest.raises(InputError, match="no prompt has a truth with `steps`"):
+        quietly(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_level_that_no_prompt_has_is_named(tmp_path: Path, tiny_base: Path) -> None:

@@ -30,6 +30,7 @@ def test_a_method_is_a_set_of_switches_that_a_recipe_may_override() -> None:
         ({"rewards": {"reward_model": {}}}, "give the reward model's folder, or base_url"),
         ({"rewards": {"judge": {"checkpoint": "latest"}}}, "leave checkpoint and rounds out"),
         ({"rewards": {"functions": [{"file": "r.py", "name": "judge"}]}}, "another part has the name judge"),
+        ({"rewards": {"supervision": "process"}}, "goes with form: thinking"),
         ({"training": {"lora": {"dora": True}}}, "without dora"),
         ({"training": {"lora": {"base": "int8"}}}, "base in fp32 or bf16"),
         ({"training": {"lora": {}, "optimizer": "muon"}}, "optimizer: adamw"),

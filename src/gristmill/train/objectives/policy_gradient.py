@@ -61,10 +61,10 @@ class PolicyGradientObjective:
         logp_R = sampled_logprobs(model, batch)
         old_R = logp_R.detach() if batch.old_R is None else batch.old_R
         rows = batch.documents_R
-        advantage_R, weight_R = batch.advantages_N[rows], batch.weights_N[rows]
+        advantage_R, weight_R = batch.advantages_R, batch.weights_N[rows]
         log_ratio_R = logp_R - old_R
         if self.ratio == "sequence":
-            means_N = torch.zeros_like(batch.advantages_N).index_add(0, rows, log_ratio_R) / batch.lengths_N
+            means_N = torch.zeros_like(batch.weights_N).index_add(0, rows, log_ratio_R) / batch.lengths_N
             log_ratio_R = means_N[rows]
         ratio_R = log_ratio_R.exp()
         clipped_R = ratio_R.clamp(1 - self.clip_low, 1 + self.clip_high)

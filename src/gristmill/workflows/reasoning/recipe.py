@@ -1,5 +1,6 @@
 """The recipe of a reasoning run: on/off pairs for SFT, stages of reinforcement learning from easy to hard, and what is measured."""
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -7,9 +8,10 @@ from pydantic import Field, model_validator
 from gristmill.core.config import FilePath, Recipe, RunName, Section
 from gristmill.train.settings import Training
 from gristmill.workflows.alignment.recipe import BaseModelPath, EngineSettings
+from gristmill.workflows.pretrain import DocumentKind, Pretraining
 from gristmill.workflows.rl.recipe import Curriculum, Method, Rewards, RlData, RlRecipe, RlTraining
 
-OWN_STAGES = ("data", "base", "sft", "before", "after")
+OWN_STAGES = ("data", "pretraining", "base", "sft", "before", "after")
 
 
 class ReasoningData(Section):
@@ -29,8 +31,30 @@ class ReasoningData(Section):
     num_evaluation: int = Field(30, gt=0, description="held-out prompts of each level, and of each task without levels")
 
 
+class MidTraining(Section):
+    """Continued pretraining before SFT, as by `gristmill pretrain`: knowledge that SFT and reinforcement learning bring out."""
+
+    documents: FilePath | None = Field(
+        None, description="a .jsonl or .parquet file with a `text` column, a folder of .txt files, or one of `gristmill blend`"
+    )
+    weights: dict[DocumentKind, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="of a world: shares of its kinds of documents"
+    )
+    tokens: int = Field(1_000_000, gt=0, description="tokens to train on; fewer when the documents end")
+    batch_tokens: int = Field(8192, gt=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(3e-4, gt=0)
+    muon_lr: float = Field(0.01, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    warmup_steps: int = Field(10, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
 class RlStage(Section):
     """One stage of reinforcement learning, from the model of the stage before."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"rewards"})
 
     name: RunName
     levels: tuple[int, ...] = Field((), description="only prompts of these levels; none: all")
@@ -38,6 +62,7 @@ class RlStage(Section):
     steps: int = Field(50, gt=0, description="rollout steps")
     max_thinking_tokens: int | None = Field(None, ge=0, description="a budget for thinking; null: any")
     curriculum: Curriculum | None = Field(None, description="within the stage; none: the order of the seed")
+    rewards: Rewards | None = Field(None, description="of the stage; none: those of `rl`")
 
 
 class RlSettings(Section):
@@ -67,6 +92,7 @@ class ReasoningRecipe(Recipe):
     """A whole reasoning run."""
 
     may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device"})
+    added: ClassVar[frozenset[str]] = frozenset({"pretraining"})
 
     kind: Literal["reasoning"] = "reasoning"
     name: RunName = "reasoning"
@@ -77,6 +103,7 @@ class ReasoningRecipe(Recipe):
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:N or mps")
     world: Literal["miniature"] | None = Field(None, description="a built-in world that supplies its own data")
     data: ReasoningData = ReasoningData()
+    pretraining: MidTraining | None = Field(None, description="continued pretraining of the model before SFT; none: it is taken as it is")
     sft: Training = Training()
     rl: RlSettings = RlSettings()
     stages: tuple[RlStage, ...] = Field((RlStage(name="rl"),), description="in order, easy to hard; none: SFT alone")
@@ -91,19 +118,31 @@ class ReasoningRecipe(Recipe):
             raise ValueError(f"data: give {' and '.join(missing)}, or name a world")
         if self.world is not None and any(files.values()):
             raise ValueError("data: a world supplies its own rows; leave the files out, or the world")
-        if self.rl.rewards.form != "thinking":
+        if self.pretraining is not None and (self.world is None) == (self.pretraining.documents is None):
+            raise ValueError("pretraining: a world supplies its own documents, and without one give `documents`")
+        if any(self.rewards_of(stage).form != "thinking" for stage in self.stages) or self.rl.rewards.form != "thinking":
             raise ValueError("rl.rewards.form must be thinking: without it the toggle would be lost")
         names = [*OWN_STAGES, *(stage.name for stage in self.stages)]
         if len(set(names)) < len(names):
             raise ValueError(f"stages: give each another name, and none of {', '.join(OWN_STAGES)}")
         return self
 
+    def pretraining_recipe(self, model: Path) -> Pretraining:
+        """The recipe of the continued pretraining of a model."""
+        assert self.pretraining is not None
+        return Pretraining(world=self.world, model=model, seed=self.seed, device=self.device, **dict(self.pretraining))
+
+    def rewards_of(self, stage: RlStage) -> Rewards:
+        """What answers earn in a stage."""
+        return stage.rewards or self.rl.rewards
+
     def rl_recipe(self, stage: RlStage, *, model: str, prompts: str, evaluation: str) -> StageRecipe:
         """The recipe of a stage's `gristmill rl`, on files of prompts."""
         shared: dict[str, Any] = {
             name: getattr(self.rl, name) for name in RlSettings.model_fields if name not in ("share_on", "share_others")
         }
-        own = {name: getattr(stage, name) for name in ("steps", "max_thinking_tokens", "curriculum")}
+        own: dict[str, Any] = {name: getattr(stage, name) for name in ("steps", "max_thinking_tokens", "curriculum")}
+        shared["rewards"] = self.rewards_of(stage)
         run = {"name": stage.name, "model": model, "chat_format": self.chat_format, "seed": self.seed}
         data = RlData.model_validate({"prompts": prompts, "evaluation": evaluation})
         return StageRecipe(**shared, **own, **run, threads=self.threads, device=self.device, data=data)

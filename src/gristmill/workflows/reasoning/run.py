@@ -1,12 +1,13 @@
 """A reasoning run: SFT with the toggle, stages of reinforcement learning from easy to hard, the model before and after in both modes.
 
 00-data     answers that are imitated, without those that are rejected; also as Llama-Nemotron's records
-01-base     the model with a token for each tag of thinking
-02-sft      trained on them
-03-before   answers to the held-out prompts, in both modes
-04-NAME     a stage of reinforcement learning: a run of `gristmill rl` in its folder `run`, which goes on from its own checkpoint
+NN-pretraining   the model, trained further on documents, where the recipe asks for it
+NN-base     the model with a token for each tag of thinking
+NN-sft      trained on them
+NN-before   answers to the held-out prompts, in both modes
+NN-NAME     a stage of reinforcement learning: a run of `gristmill rl` in its folder `run`, which goes on from its own checkpoint
 ..
-NN-after    as 03-before, and under thinking budgets
+NN-after    as before, and under thinking budgets
 """
 
 import json
@@ -21,8 +22,9 @@ import torch
 
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
-from gristmill.core.io import write_text
+from gristmill.core.io import stamp, stamps, write_text
 from gristmill.core.progress import Progress
+from gristmill.core.untrusted import quoted_path
 from gristmill.data.chat import to_dicts
 from gristmill.data.find_format import find_format
 from gristmill.data.rows import Demonstration, Prompt
@@ -42,10 +44,11 @@ from gristmill.runs.run_dir import RunDir, Stage
 from gristmill.workflows.alarms import few_steps, few_updates, worse_on
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
+from gristmill.workflows.pretrain import pretrain
 from gristmill.workflows.reasoning.recipe import ReasoningRecipe, RlStage
 from gristmill.workflows.reasoning.rows import FileRows, WorldRows, judged
 from gristmill.workflows.rl import loop as rl
-from gristmill.workflows.rl.prompts import check_room
+from gristmill.workflows.rl.prompts import check_room, check_steps
 from gristmill.workflows.train import MODEL, train_model
 
 ANSWERS, RECORDS, PROMPTS, WATCHED, RL_RUN = "answers.jsonl", "llama-nemotron.jsonl", "prompts.jsonl", "watched.jsonl", "run"
@@ -71,7 +74,11 @@ class _Run:
         self.rows = FileRows(recipe) if recipe.world is None else WorldRows(recipe)
         self.evaluation = self.rows.evaluation()
         self.prompts = {stage.name: self.rows.prompts(stage) for stage in recipe.stages}
+        for stage in recipe.stages:
+            check_steps(recipe.rewards_of(stage), self.prompts[stage.name])
         self.demonstrations = self.rows.demonstrations()
+        if (documents := recipe.pretraining and recipe.pretraining.documents) and not documents.exists():
+            raise InputError(f"There is no {quoted_path(documents)}, which pretraining.documents names: check the path.")
         given = [*self.evaluation, *(p for prompts in self.prompts.values() for p in prompts)]
         tokenizer, context = Tokenizer.load(self.start), read_config(self.start)[1].max_positions
         form = find_format(recipe.chat_format, tokenizer)
@@ -87,7 +94,8 @@ class _Run:
         asked = [[p.id, p.truth] for p in self.evaluation]
         given = [asked, *([row.id, row.messages[-1].content, truth] for row, truth in self.demonstrations)]
         data = self.dir.stage("data", given, self._data, artifacts=[HUMAN_DEMONSTRATIONS, EVALUATION], files=[RECORDS])
-        base = self.dir.stage("base", fingerprint(self.start), self._base, files=[f"{MODEL}/*"])
+        start = self._pretrained()
+        base = self.dir.stage("base", fingerprint(start), partial(self._base, start=start), files=[f"{MODEL}/*"])
         inputs = [data.fingerprint, base.fingerprint, recipe.sft.model_dump(mode="json"), recipe.seed, recipe.chat_format]
         sft = self.dir.stage("sft", inputs, partial(self._sft, base=base.folder / MODEL, data=data.folder), files=[f"{MODEL}/*"])
         model = sft.folder / MODEL
@@ -129,8 +137,23 @@ class _Run:
         write_text(folder / RECORDS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         return {"kept_rows": len(kept), "num_evaluation": len(self.evaluation), "rejected": Counter(reason for reason in why if reason)}
 
-    def _base(self, folder: Path) -> dict[str, Any]:
-        return add_thinking_tokens(self.start, folder / MODEL)
+    def _pretrained(self) -> Path:
+        """The model that the run starts from, trained further on documents where the recipe asks for it."""
+        if self.recipe.pretraining is None:
+            return self.start
+        recipe = self.recipe.pretraining_recipe(self.start)
+
+        def work(folder: Path) -> dict[str, Any]:
+            result = pretrain(recipe, folder, self.progress.train_step)
+            return {"steps": result.steps, "tokens": result.tokens}
+
+        documents = recipe.documents
+        content = stamps(documents, ["*"]) if documents and documents.is_dir() else documents and stamp(documents)
+        inputs = [fingerprint(self.start), self.recipe.pretraining.model_dump(mode="json"), self.recipe.seed, content]
+        return self.dir.stage("pretraining", inputs, work, files=[f"{MODEL}/*"]).folder / MODEL
+
+    def _base(self, folder: Path, start: Path) -> dict[str, Any]:
+        return add_thinking_tokens(start, folder / MODEL)
 
     def _sft(self, folder: Path, base: Path, data: Path) -> dict[str, Any]:
         rows: list[Demonstration] = HUMAN_DEMONSTRATIONS.read(data)

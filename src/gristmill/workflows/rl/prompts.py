@@ -14,7 +14,7 @@ from gristmill.miniature.source import MiniatureSource
 from gristmill.model.hf import fingerprint
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.rl.environments import Tasks
-from gristmill.workflows.rl.recipe import RlRecipe
+from gristmill.workflows.rl.recipe import Rewards, RlRecipe
 
 SOURCES = "rewards.json"  # in the stage's folder: what rewards were made by
 HELD_OUT = 0.2  # share of an environment's rows that the evaluation takes where it has no set for that
@@ -34,6 +34,7 @@ def find_prompts(recipe: RlRecipe, environment: Tasks | None) -> tuple[list[Prom
             raise InputError(f"There are no prompts of the tasks {', '.join(data.tasks)}: look at data.tasks.")
     if not prompts or not evaluation:
         raise InputError(f"There are {len(prompts)} prompts to train on and {len(evaluation)} to evaluate with: give more rows.")
+    check_steps(recipe.rewards, prompts)
     asked = {normalize_prompt(p.messages) for p in evaluation}
     for number, prompt in enumerate(prompts, 1):
         named = f"Prompt {number} ({prompt.messages[-1].content[:60]!r})"
@@ -46,6 +47,12 @@ def find_prompts(recipe: RlRecipe, environment: Tasks | None) -> tuple[list[Prom
         if normalize_prompt(prompt.messages) in asked:
             raise InputError(f"{named} is asked by the evaluation too: take it out of one.")
     return prompts, evaluation
+
+
+def check_steps(rewards: Rewards, prompts: Sequence[Prompt]) -> None:
+    """InputError where steps are to be rewarded and no prompt has any."""
+    if rewards.supervision == "process" and not any((p.truth or {}).get("steps") for p in prompts):
+        raise InputError("rewards.supervision is process, and no prompt has a truth with `steps`: give some, or leave supervision out.")
 
 
 def check_room(prompts: Sequence[Prompt], form: ChatFormat, tokenizer: Tokenizer, *, max_tokens: int, context: int) -> None:

@@ -69,7 +69,7 @@ class Judge(GeneratorSettings):
 class Rewards(Section):
     """What an answer earns: the weighted sum of its parts if it keeps to the form, less what it is punished for."""
 
-    added: ClassVar[frozenset[str]] = frozenset({"reward_model", "judge"})
+    added: ClassVar[frozenset[str]] = frozenset({"reward_model", "judge", "supervision", "form_penalty"})
 
     verifier: float = Field(1.0, ge=0, description="weight of the verdict of programs, on prompts with a truth; 0: it is measured alone")
     reward_model: RewardModel | None = Field(None, description="a reward model's score as a part")
@@ -77,6 +77,10 @@ class Rewards(Section):
     functions: tuple[RewardFunction, ...] = ()
     form: Literal["any", "thinking"] = Field(
         "any", description="thinking: a block in front where the system line is `detailed thinking on`, and none elsewhere"
+    )
+    form_penalty: float = Field(0.0, ge=0, description="what a wrong form costs: with 0 it is no worse than a wrong answer")
+    supervision: Literal["outcome", "process"] = Field(
+        "outcome", description="process: steps are rewarded one by one where a truth has `steps` and thinking is on"
     )
     cut_off: Literal["wrong", "masked"] = Field("wrong", description="answers that did not end: they earn nothing, or are left out")
     overlong_buffer: int = Field(0, ge=0, description="last tokens before max_tokens, over which the punishment grows to 1; 0: none")
@@ -86,6 +90,8 @@ class Rewards(Section):
         names = [*PARTS, *(function.name for function in self.functions)]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"functions: another part has the name {twice[0]}; give each function its own")
+        if self.supervision == "process" and self.form != "thinking":
+            raise ValueError("supervision: process rewards the steps of thinking, and goes with form: thinking")
         return self
 
     @property

@@ -9,6 +9,7 @@ from gristmill.data.thinking import keeps_form, thinks
 from gristmill.generation.api import Completion
 from gristmill.judge.programs import Verifier
 from gristmill.train.objectives.policy_gradient import overlong_penalty
+from gristmill.workflows.rl.process import step_verdicts
 from gristmill.workflows.rl.recipe import Rewards
 
 
@@ -22,6 +23,7 @@ class Reward:
         form: 1 where it keeps to the form that its prompt asks for.
         overlong: 0, or down to -1.
         parts: of models and functions, by name; one that does not apply is not there.
+        steps: under process supervision the verdicts of its trace's steps, up to the first that is wrong.
         error: of a part that failed on it.
         is_masked: it is left out of training.
     """
@@ -33,6 +35,7 @@ class Reward:
     parts: dict[str, float] = field(default_factory=dict)
     error: str = ""
     is_masked: bool = False
+    steps: Sequence[float] = ()
 
 
 class RewardPart(Protocol):
@@ -77,6 +80,13 @@ class Rewarder:
         parts = {name: value for name, value in found.items() if isinstance(value, float)}
         error = next((value for value in found.values() if isinstance(value, str)), "")
         earned = rewards.verifier * right + sum(part.weight * parts[part.name] for part in self._parts if part.name in parts)
-        total = (earned if form else min(0.0, earned)) + overlong
+        total = (earned if form else min(0.0, earned) - rewards.form_penalty) + overlong
         masked = bool(error) or (answer.finish != "stop" and rewards.cut_off == "masked")
-        return Reward(total, right, form, overlong, parts, error, masked)
+        return Reward(total, right, form, overlong, parts, error, masked, self._steps(prompt, answer, total if form else None))
+
+    def _steps(self, prompt: Prompt, answer: Completion, earned: float | None) -> tuple[float, ...]:
+        """Verdicts of the steps of an answer that thinks. A wrong form, or no end, leaves nothing of them."""
+        steps = (prompt.truth or {}).get("steps")
+        if self._rewards.supervision != "process" or not steps or not thinks(prompt.messages):
+            return ()
+        return (0.0,) if earned is None or answer.finish != "stop" else step_verdicts(steps, answer.text, earned)

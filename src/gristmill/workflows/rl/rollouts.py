@@ -13,6 +13,7 @@ from gristmill.runs.journal import Journal
 from gristmill.train.batches import Rollout
 from gristmill.train.objectives.policy_gradient import group_advantages
 from gristmill.workflows.rl.policy import Policy
+from gristmill.workflows.rl.process import step_advantages, token_advantages
 from gristmill.workflows.rl.recipe import ADVANTAGE, RlRecipe
 from gristmill.workflows.rl.rewards import Reward, Rewarder
 
@@ -37,8 +38,8 @@ class Group:
     @property
     def has_spread(self) -> bool:
         """Whether there is anything to learn: told by equality, for a deviation of rounding errors is no spread."""
-        totals = [self.rewards[i].total for i in self.kept]
-        return bool(totals) and max(totals) > min(totals)
+        earned = [(self.rewards[i].total, *self.rewards[i].steps) for i in self.kept]
+        return bool(earned) and max(earned) > min(earned)
 
 
 class RolloutSource:
@@ -117,18 +118,25 @@ class RolloutSource:
 
     def samples(self, group: Group) -> list[Rollout]:
         """Training samples of a group's answers that count."""
-        recipe = self._recipe
-        kept = group.kept
-        advantages = group_advantages(recipe.advantage or ADVANTAGE[recipe.method], [group.rewards[i].total for i in kept])
         prompt = self._policy.chat_format.render_prompt(group.prompt.messages, self._policy.tokenizer)
         out = []
-        for i, advantage in zip(kept, advantages, strict=True):
+        for i, advantage in zip(group.kept, self._advantages(group), strict=True):
             answer = group.answers[i]
             chosen = [place not in answer.forced for place in range(len(answer.tokens))]  # by the model: all but a budget's closing tags
             logprobs = [value for value, own in zip(answer.logprobs, chosen, strict=True) if own]
             ids, mask = [*prompt, *answer.tokens], [False] * len(prompt) + chosen
-            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=advantage, logprobs=logprobs, prompt=group.id))
+            own_advantage = advantage[chosen] if isinstance(advantage, np.ndarray) else advantage
+            out.append(Rollout(ids, mask, f"{group.id}-{i}", advantage=own_advantage, logprobs=logprobs, prompt=group.id))
         return out
+
+    def _advantages(self, group: Group) -> Sequence[float | np.ndarray]:
+        """Of each answer that counts its advantage, or those of its tokens where steps are rewarded one by one."""
+        kind, kept = self._recipe.advantage or ADVANTAGE[self._recipe.method], group.kept
+        if not all(group.rewards[i].steps for i in kept):
+            return group_advantages(kind, [group.rewards[i].total for i in kept])
+        answers, steps = [group.answers[i] for i in kept], step_advantages(kind, [group.rewards[i].steps for i in kept])
+        tokenizer = self._policy.tokenizer
+        return [token_advantages(tokenizer, a.text, a.tokens, found) for a, found in zip(answers, steps, strict=True)]
 
 
 def _written(answer: Completion) -> dict[str, Any]:
