@@ -93,7 +93,7 @@ def test_quantization_is_near(tiny_base: Path, quantize: Quantize, bound: float,
     for request, outs in found_answers:
         scored = released.prompt_logprobs([*(prompt := engine.prepare(request).prompt_ids), *outs[0].tokens], 0)[0][len(prompt) - 1 :]
         probs, generated = torch.tensor(scored).exp(), torch.tensor(outs[0].logprobs).exp()  # activations of int4 are coarser in few rows
-        assert torch.allclose(probs, generated, atol=0.04), "texts are scored as they are generated"
+        assert torch.allclose(probs, generated, atol=0.08 if quantize == "int4" else 0.04), "texts are scored as they are generated"
 
 
 @pytest.mark.parametrize("own", [False, True])

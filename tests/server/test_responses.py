@@ -1,5 +1,8 @@
 """Text, bytes and offsets of tokens, with tokenizers that put a blank before the first word."""
 
+import codecs
+import itertools
+import random
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +14,7 @@ from gristmill.data.tokenizer import EOS, Tokenizer
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion
 from gristmill.server.protocol import CompletionRequest
-from gristmill.server.responses import ChatResponseBuilder, CompletionResponseBuilder, IncrementalDetokenizer
+from gristmill.server.responses import ChatResponseBuilder, CompletionResponseBuilder, IncrementalDetokenizer, TextOffsets
 
 BLANK = "\u2581"
 WORDS = [EOS, "<unk>", f"{BLANK}to", f"{BLANK}be", BLANK, "s", ",", "\u00e9", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -74,3 +77,38 @@ def test_long_streams_keep_their_blanks(scheme: str) -> None:
     detokenizer = IncrementalDetokenizer(mill, ())
     text = mill.tokenizer.decode(said)
     assert "".join(map(detokenizer.add, said)) + detokenizer.finish(text) == text and detokenizer.start > 60
+
+
+def places_of_bytes(data: bytes) -> list[int]:
+    """Of each byte the number of its character, where bytes that are no text count as what replaces them."""
+    wrong: dict[int, int] = {}
+
+    def note(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeDecodeError)
+        wrong[error.start] = error.end
+        return "\ufffd", error.end
+
+    codecs.register_error("note", note)
+    data.decode(errors="note")
+    places: list[int] = []
+    while len(places) < len(data):
+        at = len(places)
+        length = wrong[at] - at if at in wrong else next(n for n, least in ((4, 0xF0), (3, 0xE0), (2, 0xC0), (1, 0)) if data[at] >= least)
+        places += [places[-1] + 1 if places else 0] * length
+    return places
+
+
+def test_an_offset_is_the_place_of_the_character_that_has_a_tokens_first_byte() -> None:
+    rng = random.Random(0)
+    characters, parts = ("a", "\u00e9", "\u65e5", "\U0001f600", "\ufffd"), (0xDE, 0xE0, 0xE6, 0xF4, 0x80, 0x90, 0xA5, 0xFF)
+    pieces = [*(one.encode() for one in characters), *(bytes([byte]) for byte in parts)]
+    for _ in range(300):
+        data = b"".join(rng.choices(pieces, k=6))
+        cuts = [0, *sorted(rng.sample(range(1, len(data)), min(4, len(data) - 1))), len(data)]
+        tokens = [data[start:end] for start, end in itertools.pairwise(cuts)]
+        fake = SimpleNamespace(
+            tokenizer=SimpleNamespace(token_bytes=lambda token, first, of=tokens: of[token], is_special=lambda token: False)
+        )
+        offsets = TextOffsets(cast(Engine, fake))
+        found = [offsets.add(number, keep_special=False) for number in range(len(tokens))]
+        assert found == [places_of_bytes(data)[start] for start in cuts[:-1]], (data, tokens)

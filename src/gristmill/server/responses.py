@@ -99,7 +99,11 @@ class TextOffsets:
         """Where a token begins. Control tokens have no text unless `keep_special`."""
         offset = self.chars
         if keep_special or not self.tokenizer.is_special(token):
-            self.chars += len(self._decoder.decode(self.tokenizer.token_bytes(token, first=self.first)))
+            data = self.tokenizer.token_bytes(token, first=self.first)
+            begun, first = self._decoder.getstate()[0], self._decoder.decode(data[:1])
+            if begun and data and (not 0x80 <= data[0] < 0xC0 or len(first) > 1):  # it does not go on with the character that was begun
+                offset += 1
+            self.chars += len(first) + len(self._decoder.decode(data[1:]))
             self.first = False
         return offset
 
