@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gristmill.core.threads import MAX_THREADED_PARAMETERS, merge, num_workers, workers
+from gristmill.core.threads import MAX_THREADED_PARAMETERS, evenly, merge, num_workers, workers
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +79,8 @@ def test_a_caller_that_leaves_ends_the_streams() -> None:
     assert next(items) == 0
     items.close()
     assert all(stop.is_set() for stop in stops) and torch.get_num_threads() == 3
+
+
+def test_work_is_shared_out_evenly_and_in_order() -> None:
+    assert evenly([9, 1, 8, 2, 3], 2, size=lambda item: item) == [[9, 1, 2], [8, 3]]
+    assert evenly([5], 3, size=lambda item: item) == [[5], [], []] and evenly([], 1, size=lambda item: item) == [[]]

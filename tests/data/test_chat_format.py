@@ -470,3 +470,22 @@ def test_pieces_one_by_one_join_to_the_text_of_the_whole(kind: str, text: str) -
     half = len(ids) // 2
     if all(piece.isascii() for piece in pieces):
         assert tokenizer.decode(ids[:half]) + tokenizer.decode(ids[half:], continued=half > 0) == whole
+
+
+@each_format
+@given(turns=TURNS, more=st.integers(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_a_conversation_fits_exactly_where_its_tokens_do(name: str, turns: Conversation, more: int) -> None:
+    """Whether it is told by a bound or by rendering."""
+    tokenizer, num_tokens = TOKENIZERS[name], len(FORMATS[name].render(turns, TOKENIZERS[name]).ids)
+    for limit in (num_tokens - 1, num_tokens, num_tokens + more, 10 * num_tokens + 1000):
+        assert FORMATS[name].fits(turns, tokenizer, limit) == (num_tokens <= limit)
+    assert all(len(tokenizer.encode(message.content)) <= tokenizer.max_tokens(message.content) for message in turns)
+
+
+def test_what_fits_is_rendered_without_an_error() -> None:
+    other = next(name for name in FORMATS if set(FORMATS[name].special_tokens) - set(FORMATS["chatml"].special_tokens))
+    with pytest.raises(InputError, match="has no token"):
+        FORMATS[other].fits(talk("Hello", "Hi"), TOKENIZERS["chatml"], 10_000)
+    with pytest.raises(InputError):
+        FORMATS["chatml"].fits((Message("assistant", "Hi"),), TOKENIZERS["chatml"], 10_000)

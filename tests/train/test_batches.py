@@ -71,7 +71,7 @@ def test_workers_get_equal_shares() -> None:
     samples = [Sample([1] * length, [True] * length) for length in range(1, 33)]
     shares = split_micro_batches(samples, 4 * 528, 4)
     tokens = [sum(s.num_tokens for s in share) for share in shares]
-    assert len(shares) == 4 and max(tokens) - min(tokens) <= 24
+    assert len(shares) == 4 and max(tokens) - min(tokens) <= 1  # there and back: long ones to all alike
 
 
 def test_pairs_interleave_and_rows_know_their_document() -> None:

@@ -62,7 +62,8 @@ def test_adamw_is_torchs(make_model: Make, monkeypatch: pytest.MonkeyPatch, num_
         theirs.step()
         for one, other in zip(*(model.parameters() for model in models), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-            assert torch.equal(copies[one], one.bfloat16())
+            assert torch.equal(copies[one], one.bfloat16()) and not copies[one].requires_grad
+            assert one._version > 0, "others see that it has changed"
 
 
 def test_muon_takes_the_hidden_matrices_only(make_model: Make) -> None:
@@ -118,6 +119,11 @@ def test_state_round_trips(make_model: Make, name: str) -> None:
 def test_an_unknown_optimizer_is_refused(make_model: Make) -> None:
     with pytest.raises(InputError, match="unknown optimizer 'sgd'; choose one of adamw, muon"):
         Optimizer(make_model(), OptimSettings(optimizer="sgd"))
+    for settings in (OptimSettings(lr=-1.0), OptimSettings(betas=(0.9, 1.0)), OptimSettings(weight_decay=-0.1)):
+        with pytest.raises(InputError, match="Give AdamW a rate"):
+            Optimizer(make_model(), settings)
+    with pytest.raises(InputError, match="no parameter that is trained"):
+        Optimizer(make_model().requires_grad_(False), OptimSettings())
 
 
 def test_what_training_needed_is_let_go(make_model: Make) -> None:

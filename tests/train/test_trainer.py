@@ -78,12 +78,15 @@ def test_copies_that_the_optimizer_wrote_are_computed_with_while_weights_are_the
     for never_fresh in (False, True):
         model = make_model()
         trainer = Trainer(model, next_token_objective, settings)
+        other = Trainer(model, next_token_objective, settings)  # which steps in turn
         copied: list[int] = []
         for step in range(4):
             if never_fresh:
-                trainer._fresh = {}
+                trainer._fresh, other._fresh = {}, {}
             copied.append(len(trainer._fresh))
             trainer.step(samples)
+            if step == 1:
+                other.step(samples)
             with torch.no_grad():  # somebody else changes weights
                 model.blocks["0"].mlp.up.weight.mul_(1.5 if step == 1 else 1.0)
                 if step == 2:

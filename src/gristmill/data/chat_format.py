@@ -191,13 +191,14 @@ class TokenFormat(ChatFormat):
         )
 
     def fits(self, messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> bool:
-        around = max(len("".join(header)) for header in self.headers.values()) + len(self.close + self.end + self.after)
-        at_most = len(self.bos) + around * (len(messages) + 1)  # a token has a character at least; the first turn may be an empty system's
-        for message in messages:
-            at_most += tokenizer.max_tokens(message.content)
         check_turns(messages)
         self._check_plain(messages, ())
-        return at_most <= max_tokens or super(TokenFormat, self).fits(messages, tokenizer, max_tokens)
+        around = max(len("".join(header)) for header in self.headers.values()) + len(self.close + self.end + self.after)
+        # a token has a character at least; the first turn may be an empty system's
+        most = len(self.bos) + around * (len(messages) + 1) + sum(tokenizer.max_tokens(message.content) for message in messages)
+        if most <= max_tokens and all(map(tokenizer.has, self.special_tokens)):
+            return True
+        return super(TokenFormat, self).fits(messages, tokenizer, max_tokens)  # named, since a class with slots is made anew
 
     def render(self, messages: Sequence[Message], tokenizer: Tokenizer, *, tools: Sequence[Any] = (), ended: bool = True) -> Rendered:
         check_turns(messages)

@@ -7,6 +7,7 @@ even when it spells the name of a control token.
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 from array import array
@@ -311,9 +312,9 @@ class Tokenizer:
             self._kept[text] = array("I", ids)
         return ids
 
-    def max_tokens(self, text: str) -> int:
-        """At most how many ids a text has: where tokens are of bytes, as many as it has, without encoding it."""
-        return len(text) if self._apart and "ByteLevel" in self._decoders and text.isascii() else len(self.encode(text))
+    def max_tokens(self, text: str) -> float:
+        """At most how many ids a text has, without encoding it: its bytes where tokens are made of bytes and it is ASCII, else infinity."""
+        return len(text) if self._apart and "ByteLevel" in self._decoders and text.isascii() else math.inf
 
     def encode_turn(self, header: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of a turn's header and of the words after it, both as they are after a control token.

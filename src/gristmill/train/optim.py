@@ -98,7 +98,7 @@ class AdamW:
             )
             for parameter in due:
                 if copies is not None and parameter in copies:
-                    copies[parameter].copy_(parameter)
+                    copies[parameter].copy_(parameter.detach())
 
 
 def _step_compiled(
@@ -121,8 +121,9 @@ def _step_compiled(
         )
         for parameter, mean, square, number in zip(parameters, means, squares, torch.stack(list(steps)).tolist(), strict=True)
     ]
-    settings = kernels.AdamW(group["lr"], beta1, beta2, EPS, group["weight_decay"], clip)
+    settings = kernels.AdamW(group["lr"], 1 - beta1, beta2, 1 - beta2, EPS, group["weight_decay"], clip)
     library.gristmill_adamw(settings, (kernels.AdamWPart * len(parts))(*parts), len(parts), torch.get_num_threads())
+    torch.autograd.graph.increment_version(parameters)  # as torch's own operations do
 
 
 def _has_kernel(parameter: nn.Parameter) -> bool:
@@ -147,7 +148,12 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimSettings, mesh: Mesh | None = None, num_workers: int = 1) -> None:
         if settings.optimizer not in OPTIMIZERS:
             raise InputError(f"unknown optimizer {settings.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if settings.lr < 0 or not all(0 <= beta < 1 for beta in settings.betas) or settings.weight_decay < 0:
+            given = f"{settings.lr}, {settings.weight_decay}, {settings.betas[0]} and {settings.betas[1]}"
+            raise InputError(f"Give AdamW a rate and a weight decay of at least 0 and betas below 1: they are {given}.")
         self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if not self._names:
+            raise InputError("The model has no parameter that is trained.")
         muon, decayed, plain, b_matrices = [], [], [], []
         for parameter, name in self._names.items():
             if settings.optimizer == "muon" and _is_hidden_matrix(name, parameter):
@@ -208,7 +214,7 @@ class Optimizer:
             self._muon.step()
             for parameter in matrices:
                 if copies is not None and parameter in copies:
-                    copies[parameter].copy_(parameter)
+                    copies[parameter].copy_(parameter.detach())
 
     def _make_states(self, new: Sequence[tuple[AdamW | torch.optim.Optimizer, nn.Parameter]]) -> None:
         """States as torch's optimizers begin with, which would lie in the heap between activations."""

@@ -109,8 +109,8 @@ class Trainer:
             self._sharded = ShardedModel(self.model, objective, self.mesh)
             self.model = self._sharded.local
         names = ("optimizer", "lr", "muon_lr", "betas", "weight_decay", "b_lr_ratio")
-        chosen_by = OptimSettings(**{name: getattr(settings, name) for name in names})
-        self.optimizer = Optimizer(self.model, chosen_by, self.mesh, self.num_workers)
+        optim_settings = OptimSettings(**{name: getattr(settings, name) for name in names})
+        self.optimizer = Optimizer(self.model, optim_settings, self.mesh, self.num_workers)
         self.result = TrainResult(0, 0, 0.0, {}, [], [])
         self._best: dict[str, Tensor] = {}
         self._best_loss = math.inf
@@ -118,7 +118,7 @@ class Trainer:
         self._places: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
         self._used: set[Tensor] = set()  # those whose copies are computed with
-        self._fresh: dict[Tensor, tuple[int, int]] = {}  # those whose copies are up to date, unless they have changed since (`_change`)
+        self._fresh: dict[Tensor, tuple[int, Tensor]] = {}  # those whose copies are up to date, with what tells of a change since
         self._map: Map | None = None
 
     def fit(self, data: Sequence[AnySample] | SampleData, validation: Sequence[AnySample] | SampleData = ()) -> TrainResult:
@@ -261,7 +261,7 @@ class Trainer:
         log.close()
 
     def step(self, samples: Sequence[AnySample | DataItem] | Sequence[Batch]) -> dict[str, float]:
-        """One optimizer step; returns its metrics.
+        """One optimizer step; returns its metrics. Between steps weights may be changed by any operation, but not by one on `.data`.
 
         Args:
             samples: those of the step, or its micro-batches on the model's device. All micro-batches of a step share one divisor.
@@ -297,7 +297,7 @@ class Trainer:
         self.optimizer.set_scale(scale)
         copies = {weight: self._copies[weight] for weight in self._used}
         self.optimizer.step(self._map, max_norm=self.settings.clip or math.inf, norm=norm, copies=copies)
-        self._fresh = {weight: _change(weight) for weight in copies}
+        self._fresh = {weight: (weight._version, weight.detach()) for weight in copies}
         self.optimizer.zero_grad()
         self.result.steps += 1
         self.result.tokens += num_tokens
@@ -424,10 +424,11 @@ class Trainer:
 
         hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in self._places]
         try:
-            fresh = [parameter for parameter, change in self._fresh.items() if change == _change(parameter)]
+            # torch counts what writes to a weight; one with other memory has another address, since the old is held
+            fresh = [w for w, (version, held) in self._fresh.items() if (w._version, w.data_ptr()) == (version, held.data_ptr())]
             with fused.accumulating_in_place(parameters, self._places, self._copies, fresh) as copied:
                 yield
-                self._used |= set(copied)
+                self._used = {*fresh, *copied}
         finally:
             for hook in hooks:
                 hook.remove()
@@ -527,11 +528,6 @@ def global_count(batches: Sequence[Batch], mesh: Group | None = None) -> tuple[i
     """The one divisor of a step, trained terms over the micro-batches of all processes, at least 1; and the step's tokens."""
     counts = (mesh or Group()).gather([sum(batch.count for batch in batches), sum(batch.num_tokens for batch in batches)])
     return max(1, sum(count for count, _ in counts)), sum(tokens for _, tokens in counts)
-
-
-def _change(parameter: Tensor) -> tuple[int, int]:
-    """What another tells of a change: torch's count of operations that wrote to a parameter, and where it lies."""
-    return parameter._version, parameter.data_ptr()
 
 
 def _check_fp32_weights(model: nn.Module) -> None:

@@ -68,7 +68,7 @@ class Blocks(ctypes.Structure):
 class AdamW(ctypes.Structure):
     """ctypes mirror of `AdamW` in optimizer.cpp."""
 
-    _fields_ = [(name, ctypes.c_float) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "clip")]
+    _fields_ = [(name, ctypes.c_float) for name in ("lr", "rest1", "beta2", "rest2", "eps", "weight_decay", "clip")]
 
 
 class AdamWPart(ctypes.Structure):

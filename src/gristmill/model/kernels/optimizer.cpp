@@ -7,7 +7,7 @@
 static const int64_t PIECE = 4096; // numbers that stay in the nearest cache from the update to the copy
 
 struct AdamW {
-    float lr, beta1, beta2, eps, weight_decay, clip; // clip: factor of the gradients
+    float lr, rest1, beta2, rest2, eps, weight_decay, clip; // rest: 1 - beta; clip: factor of the gradients
 };
 
 struct Part { // a parameter
@@ -23,7 +23,7 @@ static void update(const AdamW& s, const Part& x, int64_t start, int64_t end) {
     const float keep = 1 - s.lr * s.weight_decay, step = s.lr / x.correction1, scale = std::sqrt(x.correction2);
     for (int64_t i = start; i < end; i++) {
         const float g = x.grad[i] * s.clip;
-        const float m = x.mean[i] + (1 - s.beta1) * (g - x.mean[i]), v = x.square[i] * s.beta2 + (1 - s.beta2) * g * g;
+        const float m = x.mean[i] + s.rest1 * (g - x.mean[i]), v = x.square[i] * s.beta2 + s.rest2 * g * g;
         x.mean[i] = m;
         x.square[i] = v;
         x.weight[i] = x.weight[i] * keep - step * m / (std::sqrt(v) / scale + s.eps);
