@@ -104,7 +104,7 @@ def test_what_annotators_say_of_a_round_is_trained_on_in_the_next(opened: Served
         return read_rows(path, row)
 
     ratings, pairs = rows("r2-people", "people-ratings", Rated), rows("r2-people", "people-pairs", Pair)
-    assert len(ratings) > 5 and all(r.meta["annotators"] for r in ratings)
+    assert ratings and all(r.meta["annotators"] for r in ratings)
     (talk,) = rows("r2-people", "people-demonstrations", Demonstration)
     assert talk.meta["person"] == "a1" and talk.meta["model"] == "r1-rpo1"
     done = {path.parent.name[3:]: json.loads(path.read_text()) for path in copy.glob("*/done.json")}
