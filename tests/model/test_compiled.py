@@ -78,3 +78,20 @@ def test_nothing_is_compiled_by_itself() -> None:
     torch._dynamo.utils.counters.clear()
     gradients(small("nemotron"), [5], active=False)
     assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("family", ["nemotron", "llama", "phi3", "gemma2"])
+def test_a_block_is_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a break, forward and backward, once the tables of a packed shape are made."""
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    model, shape = small(family), PackedShape.from_lengths([5, 3])
+    block, found = model.blocks["0"], []
+    for call in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        block.zero_grad()
+        torch.manual_seed(0)
+        x_TD = torch.randn(8, 16, requires_grad=True)
+        out_TD = call(x_TD, *model.rope(shape.positions_T)[block.config.rope], shape)
+        out_TD.square().sum().backward()
+        found.append([out_TD, x_TD.grad, *(parameter.grad for parameter in block.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -85,10 +85,11 @@ def activation(gate: Tensor, up_TF: Tensor | None, kind: str) -> Tensor | None:
     return _Activation.apply(gate, up_TF, kind)
 
 
-def activation_and_gradients(gate: Tensor, up_TF: Tensor | None, grad_TF: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """f(gate) * up and the gradients of gate and up, in one pass; None where there is no kernel for them. Arguments as of `activation`."""
+def activation_and_gradients(gate: Tensor, up_TF: Tensor | None, grad_TF: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """f(gate) * up and the gradients of gate and up, in one pass where there is a kernel for them. Arguments as of `activation`."""
     if kernels.library_for(gate) is None:
-        return compiled.call(compiled.activation_and_gradients, gate, up_TF, grad_TF, kind)
+        made = compiled.call(compiled.activation_and_gradients, gate, up_TF, grad_TF, kind)
+        return compiled.activation_and_gradients(gate, up_TF, grad_TF, kind) if made is None else made
     gate, up_TF, out_TF = gate.contiguous(), None if up_TF is None else up_TF.contiguous(), torch.empty_like(grad_TF)
     grad_gate, grad_up_TF = torch.empty_like(gate), None if up_TF is None else torch.empty_like(up_TF)
     _activate(gate, up_TF, kind, out_TF=out_TF, grad_TF=grad_TF.contiguous(), grad_gate=grad_gate, grad_up=grad_up_TF)

@@ -195,14 +195,7 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up_TF, used_DF = ctx.saved_tensors
         grad_inner_TF = grads[0] @ used_DF
-        made = fused.activation_and_gradients(gate, up_TF, grad_inner_TF, _activation_kind(ctx.parts))
-        if made is None:
-            halves = [half.detach().requires_grad_() for half in (gate, up_TF) if half is not None]
-            with torch.enable_grad():
-                inner_TF = activated(halves[0], halves[1] if len(halves) > 1 else None, ctx.parts)
-            grad_gate, *others = torch.autograd.grad(inner_TF, halves, grad_inner_TF)
-            made = inner_TF.detach(), grad_gate, others[0] if others else None
-        inner_TF, grad_gate, grad_up_TF = made
+        inner_TF, grad_gate, grad_up_TF = fused.activation_and_gradients(gate, up_TF, grad_inner_TF, _activation_kind(ctx.parts))
         grad_DF = None
         if ctx.give is not None:
             ctx.give(grads[0], inner_TF)
