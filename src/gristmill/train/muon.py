@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import _muon
 
+from gristmill.core.threads import evenly
 from gristmill.parallel.mesh import Group, local, place_of
 
 
@@ -54,11 +55,10 @@ class Owners:
         self._group, self._shapes = group, [cast("tuple[int, int]", tuple(matrix.shape)) for matrix in matrices]
         self._places = [[tuple(map(tuple, place)) for place in places] for places in group.gather([place_of(m) for m in matrices])]
         work = [min(shape) * min(shape) * max(shape) for shape in self._shapes]
-        loads = [0] * group.size
         self._owner = [0] * len(work)
-        for number in sorted(range(len(work)), key=lambda number: -work[number]):
-            self._owner[number] = loads.index(min(loads))
-            loads[self._owner[number]] += work[number]
+        for rank, numbers in enumerate(evenly(range(len(work)), group.size, size=work.__getitem__)):
+            for number in numbers:
+                self._owner[number] = rank
 
     def gathered(self, parts: Sequence[Tensor]) -> dict[int, Tensor]:
         """Of what all have of each matrix, the whole of those that are owned here, by their numbers (collective)."""
