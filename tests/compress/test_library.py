@@ -1,21 +1,24 @@
 """Blockwise distillation and scores: what is exactly 0 or 1, every variant gets better, a second start does nothing."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 
 from gristmill.compress import activations as activations_module
+from gristmill.compress import child as child_module
 from gristmill.compress import scores as scores_module
 from gristmill.compress.activations import Activations, Piece
-from gristmill.compress.child import Distance, Reference, make_child
+from gristmill.compress.child import Reference, make_child
 from gristmill.compress.library import BldSettings, LayerBatch, Library, Replaced, build_library, normalized_mse
 from gristmill.compress.scores import score_blocks, score_id
 from gristmill.compress.variants import Choice, Space, block_config, half_of, initial, num_block_parameters
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.model.transformer import Transformer
+from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum
 
 QUIET = Progress(quiet=True)
 SETTINGS = BldSettings(steps=12, lr=3e-3, precision="fp32", seed=0)
@@ -119,11 +122,30 @@ def test_scores_are_those_of_a_whole_model_with_one_layer_exchanged(
     assert (tmp_path / "scores.jsonl").read_bytes() == again
 
 
+@pytest.mark.parametrize("max_logits", [1, 2**10, 2**30])
+def test_distances_are_those_of_the_losses(
+    parent: Transformer, pieces: list[Piece], monkeypatch: pytest.MonkeyPatch, max_logits: int
+) -> None:
+    monkeypatch.setattr(child_module, "MAX_LOGITS", max_logits)
+    reference, other = Reference(parent, pieces), deepcopy(parent)
+    with torch.no_grad():
+        other.blocks["1"].mlp.down.weight.mul_(0.5)
+        states = [[model.hidden(piece.ids_T, piece.shape, piece.rows_R) for piece in pieces] for model in (parent, other)]
+    head = parent.unembedding()
+    targets_R = torch.cat([piece.targets_R for piece in pieces])
+    kl = kl_divergence_sum(torch.cat(states[1]), head, torch.cat(states[0]), head) / reference.count
+    lm_loss = cross_entropy_sum(torch.cat(states[1]), head, targets_R)[0] / reference.count
+    own, found = reference.distances(states, head)
+    assert own.kl == 0 and (found.kl, found.lm_loss) == pytest.approx((float(kl), float(lm_loss)), rel=1e-5)
+    assert found == reference.distance(other), "how many models are compared at once changes no bit"
+
+
 def test_a_layer_that_gives_no_numbers_is_not_the_best_one(
     parent: Transformer, space: Space, pieces: list[Piece], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = Reference(parent, pieces[:1])
-    monkeypatch.setattr(scores_module, "_replaced", lambda *given: Distance(float("nan"), 1.0))
+    broken = torch.full((reference.count, parent.config.hidden_size), float("nan"))
+    monkeypatch.setattr(scores_module, "_replaced", lambda *given: [broken])
     with pytest.raises(InputError, match="gives no numbers .KL nan."):
         score_blocks(Library(parent, folder), space, reference, tmp_path, QUIET)
 

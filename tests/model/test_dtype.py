@@ -65,12 +65,16 @@ def test_quantized_folders_adapters_and_reward_models_go_by_their_base(
     assert load_scorer(tmp_path / "reward", device="cpu").model.backbone.compute_dtype == torch.bfloat16
 
 
-def test_it_is_said_once(stored: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("fast", "more"), [("fp32", ""), ("bf16", "; bf16 is faster on this device")])
+def test_it_is_said_once(
+    stored: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fast: str, more: str
+) -> None:
+    monkeypatch.setattr(dtypes, "pick_precision", lambda device: fast)
     dtypes._say.cache_clear()
     for _ in range(2):
         pick_dtype("auto", stored["float32"], CPU)
         pick_dtype("bf16", stored["float32"], CPU)
-    assert capsys.readouterr().err == f"{stored['float32']} is stored in float32 and computes in fp32 (dtype auto).\n"
+    assert capsys.readouterr().err == f"{stored['float32']} is stored in float32 and computes in fp32 (dtype auto{more}).\n"
 
 
 def test_a_folder_without_a_model_is_refused_as_by_the_loader(tmp_path: Path) -> None:

@@ -137,6 +137,24 @@ def test_gradients_that_are_added_in_place_are_autograds(dtype: torch.dtype) -> 
         torch.testing.assert_close(ours.grad, plain.grad, rtol=tolerance, atol=tolerance * float(plain.grad.abs().max()))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 29), min_size=1, max_size=20), min_size=1, max_size=4), st.booleans(), st.booleans())
+def test_a_sparse_gradient_of_an_embedding_is_the_dense_one(batches: list[list[int]], in_a_place: bool, tied: bool) -> None:
+    tables = [torch.nn.Parameter(torch.randn(30, 4, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    for table, sparse in zip(tables, (False, True), strict=True):
+        places = {table: torch.full((30, 4), math.nan)} if in_a_place else {}
+        with fused.accumulating_in_place([table], places, sparse=sparse):
+            for number, ids in enumerate(batches):
+                rows_TD = fused.embedding(torch.tensor(ids), table)
+                (rows_TD * torch.randn(rows_TD.shape, generator=torch.Generator().manual_seed(number))).sum().backward()
+            num_rows = len(set(sum(batches, [])))
+            assert table.grad.is_sparse == (sparse and num_rows <= 15), "sparse as long as it is small"
+            if tied:
+                fused.linear(torch.ones(2, 4), table, None).sum().backward()
+                assert not table.grad.is_sparse
+    assert torch.equal(tables[0].grad, tables[1].grad.to_dense()), "the order of the sum is the same"
+
+
 def test_a_backward_pass_in_another_thread_adds_in_place_too() -> None:
     """A GPU's backward pass, which computes checkpointed activations again, is not in the thread that began it."""
     weight = drawn(4, 6, seed=0)

@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from gristmill.core.errors import InputError
+from gristmill.model.kernels import library as kernels
 from gristmill.model.lora import LoraConfig, add_adapters
 from gristmill.model.reward import RewardModel
 from gristmill.model.transformer import Transformer
@@ -64,6 +66,24 @@ def test_adamw_is_torchs(make_model: Make, monkeypatch: pytest.MonkeyPatch, num_
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
             assert torch.equal(copies[one], one.bfloat16()) and not copies[one].requires_grad
             assert one._version > 0, "others see that it has changed"
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+@pytest.mark.parametrize("width", [16, 5000])  # a piece of the kernel's holds several rows, or not one
+def test_a_sparse_gradient_steps_as_the_dense_one(width: int) -> None:
+    models = [nn.ParameterDict({"table": torch.ones(300, width)}) for _ in range(2)]
+    optimizers = [Optimizer(model, OptimSettings(lr=0.03, weight_decay=0.1)) for model in models]
+    for step, rows in enumerate([[0, 7, 299], [7, 250], [1]]):
+        values = torch.randn(len(rows), width, generator=torch.Generator().manual_seed(step))
+        sparse = torch.sparse_coo_tensor(torch.tensor([rows]), values, (300, width), is_coalesced=True, check_invariants=True)
+        for model, optimizer, grad in zip(models, optimizers, (sparse.to_dense(), sparse), strict=True):
+            table = model["table"]
+            table.grad, copies = grad, {table: torch.zeros(300, width, dtype=torch.bfloat16)}
+            optimizer.step(max_norm=1.0, norm=3.0, copies=copies)
+            assert torch.equal(copies[table], table.bfloat16())
+        states = [optimizer.state_tensors() for optimizer in optimizers]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        assert torch.equal(models[0]["table"], models[1]["table"])
 
 
 def test_muon_takes_the_hidden_matrices_only(make_model: Make) -> None:

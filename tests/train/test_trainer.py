@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from gristmill.core.errors import InputError
+from gristmill.model import fused
+from gristmill.model.config import ModelConfig, uniform_blocks
+from gristmill.model.kernels import library as kernels
 from gristmill.model.transformer import Transformer
 from gristmill.train.batch_plan import BatchPlan
 from gristmill.train.batches import RatedGroup, RatedSample, Sample, TokenBatch, collate, collate_tokens, split_micro_batches
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore
 from gristmill.train.objectives.next_token import next_token_objective
-from gristmill.train.optim import AdamW
+from gristmill.train.optim import AdamW, Optimizer
 from gristmill.train.trainer import LossOutput, Trainer, TrainSettings, compute_precision, global_count
 
 Make = Callable[..., Transformer]
@@ -386,6 +389,30 @@ def test_steps_taken_one_by_one_are_those_of_fit(make_model: Make, make_samples:
     assert metrics["loss"] == result.metrics["loss"] and by_hand.result.tokens == result.tokens
     for other in (by_hand, ready):
         assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), other.model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no compiler")
+def test_an_embedding_of_which_few_rows_are_read_trains_by_these_alone(monkeypatch: pytest.MonkeyPatch, make_samples: MakeSamples) -> None:
+    blocks = uniform_blocks(num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, ffn_size=32)
+    config = ModelConfig("nemotron", 2000, 16, blocks, max_positions=256)
+    settings = TrainSettings(lr=1e-2, steps=3, batch_size=4, micro_batch_tokens=40, clip=0.0)
+    models: list[Transformer] = []
+    for share in (0.0, fused.MAX_ROWS):
+        monkeypatch.setattr(fused, "MAX_ROWS", share)
+        models.append(Transformer(config))
+        models[-1].init_weights(0)
+        trainer = Trainer(models[-1], next_token_objective, settings)
+        trainer.num_workers = 1
+        kinds: list[bool] = []
+
+        def step(*args: Any, trainer: Trainer = trainer, kinds: list[bool] = kinds, **kwargs: Any) -> None:
+            kinds.append(models[-1].embedding.grad.is_sparse)  # type: ignore[union-attr]
+            Optimizer.step(trainer.optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(trainer.optimizer, "step", step)
+        trainer.fit(make_samples(12))
+        assert kinds == [share > 0] * 3
+    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 
 def test_a_loaded_state_goes_on_as_the_trainer_that_gave_it(make_model: Make, make_samples: MakeSamples) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gristmill.compress.activations import Piece
@@ -15,8 +16,9 @@ from gristmill.compress.variants import Choice, block_config
 from gristmill.core.errors import InputError
 from gristmill.core.threads import num_workers, workers
 from gristmill.model.config import ModelConfig
-from gristmill.model.transformer import Transformer
-from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum
+from gristmill.model.transformer import Transformer, soft_cap
+
+MAX_LOGITS = 2**23  # that are compared at once, of each model
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,33 @@ class Reference:
         """Distance of a model from the parent; exactly 0 of the parent itself."""
         with workers(num_workers(model)) as each:
             found = each(torch.no_grad()(lambda piece: model.hidden(piece.ids_T, piece.shape, piece.rows_R)), self.pieces)
-        return self.of_hidden(found, model)
+        return self.distances([found], model.unembedding())[0]
 
-    @torch.no_grad()
-    def of_hidden(self, hidden: Sequence[Tensor], model: Transformer) -> Distance:
-        """The same from the states [R, D] that a model comes to in each piece."""
-        kl = lm = 0.0
-        cap = self.parent.config.logits_soft_cap
-        for piece, own_RD, parent_RD in zip(self.pieces, hidden, self._hidden, strict=True):
-            heads = model.unembedding(), parent_RD.float(), self.parent.unembedding()
-            kl += float(kl_divergence_sum(own_RD.float(), *heads, cap=cap, teacher_cap=cap))
-            lm += float(cross_entropy_sum(own_RD.float(), model.unembedding(), piece.targets_R, cap=cap)[0])
-        return Distance(kl / self.count, lm / self.count)
+    def distances(self, hidden: Sequence[Sequence[Tensor]], unembedding_VD: Tensor) -> list[Distance]:
+        """The same of several models with one output matrix, from the states [R, D] that each comes to in each piece.
+
+        Products with the output matrix are most of the work: the parent's distributions are made once for all models.
+        """
+        step = max(1, MAX_LOGITS // len(unembedding_VD))
+        chunks = [
+            (number, slice(start, start + step)) for number, piece in enumerate(self.pieces) for start in range(0, len(piece.rows_R), step)
+        ]
+
+        @torch.no_grad()
+        def of_chunk(chunk: tuple[int, slice]) -> list[tuple[float, float]]:
+            number, rows = chunk
+            parent_CV = self._log_probs(self._hidden[number][rows], self.parent.unembedding())
+            probs_CV, targets_C1 = parent_CV.exp(), self.pieces[number].targets_R[rows, None]
+            sums = []
+            for model in hidden:
+                own_CV = self._log_probs(model[number][rows], unembedding_VD)
+                loss = -float(own_CV.gather(1, targets_C1).sum())
+                sums.append((float(own_CV.neg_().add_(parent_CV).mul_(probs_CV).sum()), loss))
+            return sums
+
+        with workers(num_workers(self.parent)) as each:
+            found = each(of_chunk, chunks)
+        return [Distance(*(sum(column) / self.count for column in zip(*of_model, strict=True))) for of_model in zip(*found, strict=True)]
+
+    def _log_probs(self, hidden_CD: Tensor, unembedding_VD: Tensor) -> Tensor:
+        return soft_cap(F.linear(hidden_CD.float(), unembedding_VD), self.parent.config.logits_soft_cap).log_softmax(1)

@@ -20,7 +20,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.rows import make_id
 from gristmill.data.tokenizer import Tokenizer
-from gristmill.engine.engine import Engine
+from gristmill.engine.engine import Engine, convert_matrices
 from gristmill.generation.api import Request, SamplingParams
 from gristmill.model.config import BlockConfig, ModelConfig
 from gristmill.model.transformer import Transformer
@@ -59,6 +59,8 @@ class Meter:
 
     def add(self, name: str, model: Transformer, *, own: bool) -> None:
         """Serve a model beside the others; one that nobody else uses (`own`) is held in the engine's type alone."""
+        if own:  # random ones and children lie anywhere, and with one answer in flight that was up to a quarter of the time
+            convert_matrices(model, self.point.dtype)
         engine = Engine(
             model,
             self._tokenizer,

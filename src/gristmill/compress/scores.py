@@ -50,7 +50,8 @@ def score_blocks(library: Library, space: Space, reference: Reference, folder: P
             missing = [choice for choice in others if (layer, choice) in left]
             scored = [(own, base)] if (layer, own) in left else []
             with workers(num_workers(parent)) as each:
-                scored += zip(missing, each(partial(_replaced, library, reference, layer, states), missing), strict=True)
+                hidden = each(partial(_replaced, library, reference, layer, states), missing)
+            scored += zip(missing, reference.distances(hidden, parent.unembedding()), strict=True)
             for choice, found in scored:
                 journal.append({"id": score_id(layer, choice), **_record(layer, choice, found, base)})
             progress.tick(sum(score_id(*one) in journal for one in wanted), len(wanted), "blocks scored")
@@ -66,8 +67,8 @@ def _record(layer: int, choice: Choice, found: Distance, base: Distance) -> dict
 
 
 @torch.no_grad()
-def _replaced(library: Library, reference: Reference, layer: int, states: list[Tensor], choice: Choice) -> Distance:
-    """Distance of the parent with one layer exchanged, from what that layer reads."""
+def _replaced(library: Library, reference: Reference, layer: int, states: list[Tensor], choice: Choice) -> list[Tensor]:
+    """States that the parent with one layer exchanged comes to in each piece, from what that layer reads."""
     parent = library.parent
     halves = library.half(layer, "attention", choice.kv_heads), library.half(layer, "mlp", choice.ffn_size)
     hidden = []
@@ -78,7 +79,7 @@ def _replaced(library: Library, reference: Reference, layer: int, states: list[T
         x_TD = through(parent, x_TD, layer + 1, parent.config.num_layers, piece)
         h_RD = parent.final_norm(x_TD[piece.rows_R])
         hidden.append(h_RD if parent.config.logits_scaling == 1 else h_RD / parent.config.logits_scaling)
-    return reference.of_hidden(hidden, parent)
+    return hidden
 
 
 @dataclass(frozen=True)

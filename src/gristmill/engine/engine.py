@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.core.device import check_dtype, current_device
+from gristmill.core.device import Arena, check_dtype, current_device
 from gristmill.core.errors import InputError
 from gristmill.core.threads import merge, num_workers, workers
 from gristmill.data.chat import Message
@@ -504,11 +504,19 @@ def _in_dtype(model: Transformer, dtype: torch.dtype, own: bool) -> Transformer:
     if model.embedding.dtype == dtype and model.compute_dtype == dtype:
         return model
     converted = (model if own else copy.deepcopy(model)).requires_grad_(False)
-    for parameter in converted.parameters():
-        if parameter.ndim == 2:
-            parameter.data = parameter.data.to(dtype)
-    converted.compute_dtype = dtype
+    convert_matrices(converted, dtype)
     return converted
+
+
+def convert_matrices(model: Transformer, dtype: torch.dtype) -> None:
+    """Give a model matrices and activations of a type. On a CPU they lie on large pages, as those that are loaded do: few rows are
+    multiplied as fast as matrices are read.
+    """
+    arena = Arena()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data = arena.keep(parameter.data.to(dtype))
+    model.compute_dtype = dtype
 
 
 def _by_tokens(items: Sequence[Item], sizes: Sequence[int], budget: int) -> Iterator[list[Item]]:

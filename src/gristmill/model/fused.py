@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from gristmill.model import compiled
 from gristmill.model.kernels import library as kernels
 
+MAX_ROWS = 0.5  # of a matrix, in a sparse gradient
 MAX_PRODUCT = 2**21  # elements of a bf16 product that is made before it is added to its sum
 
 
@@ -168,14 +169,15 @@ def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor
 
 @dataclass(frozen=True)
 class _InPlace:
-    """What is kept of a weight whose gradient is added in place: copies by type of computation, memory for the gradient and for a copy, and
-    the list of weights that have been copied into such memory.
+    """What is kept of a weight whose gradient is added in place: copies by type of computation, memory for the gradient and for a copy, the
+    list of weights that have been copied into such memory, and whether the gradient may be sparse.
     """
 
     copies: dict[torch.dtype, Tensor]
     gradient: Tensor | None
     copy: Tensor | None
     copied: list[Tensor]
+    sparse: bool
 
 
 _state: dict[Tensor, _InPlace] = {}  # not by thread: a GPU's backward pass has its own
@@ -187,6 +189,8 @@ def accumulating_in_place(
     places: Mapping[Tensor, Tensor] | None = None,
     copies: Mapping[Tensor, Tensor] | None = None,
     fresh: Iterable[Tensor] = (),
+    *,
+    sparse: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Backward passes add these weights' gradients to `.grad` as they are made, with no matrix of that size in between.
 
@@ -196,12 +200,13 @@ def accumulating_in_place(
         places: memory for the gradients of some weights, whatever it holds.
         copies: the same for their copies, in the type of the computation.
         fresh: weights whose copies hold what they hold.
+        sparse: the gradient of an embedding that is used for nothing else may be a sparse tensor of the rows that were read.
 
     Yields:
         the weights that have been copied into `copies` so far.
     """
     places, copies, copied = places or {}, copies or {}, list[Tensor]()
-    _state.update((weight, _InPlace({}, places.get(weight), copies.get(weight), copied)) for weight in weights)
+    _state.update((weight, _InPlace({}, places.get(weight), copies.get(weight), copied, sparse)) for weight in weights)
     for weight in fresh:
         _state[weight].copies[copies[weight].dtype] = copies[weight]
     try:
@@ -245,7 +250,7 @@ def new_gradient(weight: Tensor) -> Tensor:
 def add_gradient(weight_ND: Tensor, grad_TN: Tensor, x_TD: Tensor, *, factor: float = 1.0) -> None:
     """Add factor times the gradient of a weight that `accumulates`, where x weight^T had this gradient."""
     if weight_ND.grad is not None:
-        return add_product(weight_ND.grad, grad_TN, x_TD, factor=factor)
+        return add_product(dense_gradient(weight_ND), grad_TN, x_TD, factor=factor)
     if grad_TN.is_cuda and grad_TN.dtype != torch.float32:
         weight_ND.grad = torch.mm(grad_TN.T, x_TD, out_dtype=torch.float32)
         return
@@ -292,10 +297,36 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
         (ids_T,), weight_VD = ctx.saved_tensors, ctx.weight_VD
-        if weight_VD.grad is None:
-            weight_VD.grad = new_gradient(weight_VD).zero_()
-        weight_VD.grad.index_add_(0, ids_T, grads[0])
+        if not _add_rows(weight_VD, ids_T, grads[0]):
+            dense_gradient(weight_VD).index_add_(0, ids_T, grads[0])
         return None, None
+
+
+def _add_rows(weight_VD: Tensor, ids_T: Tensor, grad_TD: Tensor) -> bool:
+    """Add to a gradient that is sparse and stays so; False where it is not to be, and nothing is done."""
+    state, before = _state.get(weight_VD), weight_VD.grad
+    if state is None or not state.sparse or (before is not None and not before.is_sparse):
+        return False
+    held = ids_T[:0] if before is None else before.indices()[0]
+    rows, places = torch.unique(torch.cat([held, ids_T]), return_inverse=True)
+    if len(rows) > MAX_ROWS * len(weight_VD):
+        return False
+    sums = grad_TD.new_zeros(len(rows), grad_TD.shape[1])
+    if before is not None:
+        sums[places[: len(held)]] = before.values()
+    sums.index_add_(0, places[len(held) :], grad_TD)  # in the order of a dense gradient, which torch's sums of sparse tensors do not keep
+    weight_VD.grad = torch.sparse_coo_tensor(rows[None], sums, weight_VD.shape, is_coalesced=True, check_invariants=False)
+    return True
+
+
+def dense_gradient(weight: Tensor) -> Tensor:
+    """The gradient of a weight that `accumulates`, made dense if it was sparse, or zeros if there was none."""
+    if weight.grad is None:
+        weight.grad = new_gradient(weight).zero_()
+    elif weight.grad.is_sparse:
+        rows, sums = weight.grad.indices()[0], weight.grad.values()
+        weight.grad = new_gradient(weight).zero_().index_copy_(0, rows, sums)
+    return weight.grad
 
 
 def add_product(sum_VD: Tensor, left_TV: Tensor, right_TD: Tensor, *, factor: float = 1.0) -> None:

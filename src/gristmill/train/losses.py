@@ -209,7 +209,7 @@ class _CrossEntropySum(torch.autograd.Function):
                 grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
             return grad_hidden_RD, grad_weight_VD, None, None, None, None, None, None
         if grad_weight_VD is not None and into_VD.grad is not None:
-            into_VD.grad.add_(grad_weight_VD, alpha=float(grad))
+            fused.dense_gradient(into_VD).add_(grad_weight_VD, alpha=float(grad))
         elif grad_weight_VD is not None:
             into_VD.grad = grad_weight_VD.mul_(grad)
         if last:

@@ -75,7 +75,7 @@ class AdamW:
                 continue
             means, squares, steps = ([self.state[parameter][key] for parameter in due] for key in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1)
-            if all(_has_kernel(parameter) for parameter in due):
+            if all(map(has_kernel, due)):
                 _step_compiled(group, clip, due, means, squares, steps, copies or {})
                 continue
             if clip != 1:
@@ -112,24 +112,42 @@ def _step_compiled(
 ) -> None:
     library, (beta1, beta2) = kernels.load(), group["betas"]
     assert library is not None
+    grads = [gradient_values(parameter).contiguous() for parameter in parameters]
+    numbers = torch.stack(list(steps)).tolist()
     parts = [
         kernels.AdamWPart(
-            *map(kernels.pointer_of, (parameter, parameter.grad, mean, square, copies.get(parameter))),
+            *map(kernels.pointer_of, (parameter, grad, mean, square, copies.get(parameter))),
             parameter.numel(),
             1 - beta1**number,
             1 - beta2**number,
+            *_rows_of(parameter),
         )
-        for parameter, mean, square, number in zip(parameters, means, squares, torch.stack(list(steps)).tolist(), strict=True)
+        for parameter, grad, mean, square, number in zip(parameters, grads, means, squares, numbers, strict=True)
     ]
     settings = kernels.AdamW(group["lr"], 1 - beta1, beta2, 1 - beta2, EPS, group["weight_decay"], clip)
     library.gristmill_adamw(settings, (kernels.AdamWPart * len(parts))(*parts), len(parts), torch.get_num_threads())
     torch.autograd.graph.increment_version(parameters)  # as torch's own operations do
 
 
-def _has_kernel(parameter: nn.Parameter) -> bool:
+def gradient_values(parameter: nn.Parameter) -> Tensor:
+    """The numbers of a gradient, of a sparse one those of its rows."""
+    assert parameter.grad is not None
+    return parameter.grad.values() if parameter.grad.is_sparse else parameter.grad
+
+
+def _rows_of(parameter: nn.Parameter) -> tuple[int | None, int, int]:
+    """Address and number of the rows of a sparse gradient, and their width."""
     grad = parameter.grad
+    if grad is None or not grad.is_sparse:
+        return None, 0, 0
+    rows = grad.indices()[0]
+    return rows.data_ptr(), len(rows), parameter.shape[1]
+
+
+def has_kernel(parameter: nn.Parameter) -> bool:
+    """Whether our kernel, which takes sparse gradients too, makes the step of a parameter."""
     plain = parameter.device.type == "cpu" and not is_sharded(parameter) and parameter.dtype == torch.float32 and kernels.load() is not None
-    return plain and grad is not None and grad.dtype == torch.float32 and grad.is_contiguous() and parameter.is_contiguous()
+    return plain and parameter.is_contiguous()
 
 
 class Optimizer:

@@ -44,7 +44,7 @@ from gristmill.train.checkpoint import SHAPES, Checkpoint, CheckpointStore, Iden
 from gristmill.train.data import ListData, SampleData, backbone, check_vocabulary, drop_long
 from gristmill.train.memory import always_checkpointed, choose_micro_batch, fitting, record_micro_batch, recorded_micro_batch
 from gristmill.train.metrics import LossOutput, MetricsLog, MetricSums
-from gristmill.train.optim import Optimizer, OptimSettings, schedule_scale
+from gristmill.train.optim import Optimizer, OptimSettings, gradient_values, has_kernel, schedule_scale
 from gristmill.train.settings import ramp_of
 from gristmill.train.sharded import ShardedModel, read_parts
 
@@ -313,7 +313,11 @@ class Trainer:
         if isinstance(self.model, Pipeline):
             return self.model.grad_norm()
         assert self._map is not None
-        norms = self._map(lambda share: nn.utils.get_total_norm([p.grad for p in share if p.grad is not None]), self.optimizer.shares)
+
+        def norm_of(share: Sequence[nn.Parameter]) -> Tensor:
+            return nn.utils.get_total_norm([gradient_values(parameter) for parameter in share if parameter.grad is not None])
+
+        norms = self._map(norm_of, self.optimizer.shares)
         return float(whole(norms[0])) if len(norms) == 1 else math.hypot(*map(float, norms))
 
     def _lr_scale(self) -> float:
@@ -419,14 +423,15 @@ class Trainer:
 
         def move(parameter: Tensor) -> None:
             place = self._places[parameter]
-            if parameter.grad is not None and parameter.grad is not place:
+            if parameter.grad is not None and parameter.grad is not place and not parameter.grad.is_sparse:
                 parameter.grad = place.copy_(parameter.grad)
 
         hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in self._places]
         try:
             # torch counts what writes to a weight; one with other memory has another address, since the old is held
             fresh = [w for w, (version, held) in self._fresh.items() if (w._version, w.data_ptr()) == (version, held.data_ptr())]
-            with fused.accumulating_in_place(parameters, self._places, self._copies, fresh) as copied:
+            sparse = self.mesh.size == 1 and all(map(has_kernel, parameters))
+            with fused.accumulating_in_place(parameters, self._places, self._copies, fresh, sparse=sparse) as copied:
                 yield
                 self._used = {*fresh, *copied}
         finally:

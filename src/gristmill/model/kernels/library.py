@@ -78,6 +78,8 @@ class AdamWPart(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "mean", "square", "copy")),
         ("size", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("correction1", "correction2")),
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("num_rows", "width")),
     ]
 
 
