@@ -46,7 +46,7 @@ from gristmill.synth.templates import TemplatePack
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.settings import Training
 from gristmill.train.sharded import check_parallel
-from gristmill.workflows.alignment.ranks import Ranks
+from gristmill.workflows.alignment.ranks import AlignmentRanks
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.alignment.state import ReadSaid
@@ -113,7 +113,7 @@ class AlignmentContext:
         progress: where work announces itself.
         unsafe_code: run model-written programs without a jail.
         redo: as `RunDir` takes it.
-        mesh: the processes of the run, of which the first alone has the folder (`Ranks`); default this one alone.
+        mesh: the processes of the run, of which the first alone has the folder (`AlignmentRanks`); default this one alone.
         read_said: as `loop.run` takes it.
 
     Raises:
@@ -187,7 +187,7 @@ class AlignmentContext:
         self.reward_report: dict[str, Any] = {}
         training = {"chat_format": self.format, "device": self.device, "seed": recipe.seed, "weights": self.weights or None}
         training |= {"on_step": progress.train_step}
-        self.ranks = Ranks(mesh or Mesh(), engine=self.engine, scorer=self.scorer, options=training)
+        self.ranks = AlignmentRanks(mesh or Mesh(), engine=self.engine, scorer=self.scorer, options=training)
         self.ranks.mesh.agree(make_id(__version__, recipe.model_dump(mode="json")), "recipes or versions of gristmill")
         if self.ranks.mesh.is_writer:
             try:
@@ -424,7 +424,7 @@ class AlignmentContext:
 class _SharedScorer:
     """A reward model of which every process of the run has one."""
 
-    def __init__(self, scorer: RewardScorer, folder: Path, ranks: Ranks):
+    def __init__(self, scorer: RewardScorer, folder: Path, ranks: AlignmentRanks):
         self.fits, self._folder, self._ranks = scorer.fits, folder, ranks
 
     def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
@@ -434,11 +434,11 @@ class _SharedScorer:
 class _Tracked:
     """An engine whose answers show as progress."""
 
-    def __init__(self, engine: Engine, folder: Path, progress: Progress, ranks: Ranks):
+    def __init__(self, engine: Engine, folder: Path, progress: Progress, ranks: AlignmentRanks):
         self.engine, self.folder, self.progress, self.name, self.ranks = engine, folder, progress, engine.name, ranks
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         wave, stats = list(requests), self.engine.stats
         tokens = stats.output_tokens
-        done = self.ranks.generate(self.name, self.folder, wave)
+        done = self.ranks.generate(wave, self.name, self.folder)
         yield from self.progress.track(done, len(wave), lambda: f"answers, {stats.output_tokens - tokens:,} tokens")
