@@ -1,4 +1,4 @@
-"""A run on several processes: the first one drives it and alone writes; all train together, and each answers a share.
+"""A run on several processes: the first one drives it and alone writes; all train together, and each answers and rates a share.
 
 The first process goes through the stages as if it were alone. What others can help with it tells them: they wait for the next order,
 however long that takes, and read models from the run's folder.
@@ -12,22 +12,27 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gristmill.core.errors import InputError
+from gristmill.data.chat import Message
+from gristmill.data.rows import Rating
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request
+from gristmill.judge.judges import Scorer
 from gristmill.parallel.mesh import Mesh, Orders
 
+TALKS: TypeAdapter[Any] = TypeAdapter(list[tuple[Message, ...]])
 PORTION = 512  # requests of a process between two exchanges: what a kill loses, at most
 
 
 class Ranks:
-    """The processes of one run. What they do together beside answering, a workflow adds in `_do`.
+    """The processes of one run. How they train, a workflow adds in `_do`.
 
     Args:
         engine: a model's engine, by its name and folder.
+        scorer: a reward model's, by its folder.
     """
 
-    def __init__(self, mesh: Mesh, *, engine: Callable[[str, Path], Engine]) -> None:
-        self.mesh, self._engine = mesh, engine
+    def __init__(self, mesh: Mesh, *, engine: Callable[[str, Path], Engine], scorer: Callable[[Path], Scorer]) -> None:
+        self.mesh, self._engine, self._scorer = mesh, engine, scorer
         self._orders, self._busy = Orders(mesh), False
 
     # ---- what the first process asks for ----
@@ -44,6 +49,18 @@ class Ranks:
                 done = self._share_of_answers(name, folder, portion)
             for request in portion:
                 yield request, done[request.id]
+
+    def score(self, folder: Path, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
+        """Ratings by a reward model, of which each process makes a share."""
+        talks = [tuple(talk) for talk in conversations]
+        if self.mesh.size == 1:
+            return self._scorer(folder).score(talks)
+        with self._together({"job": "score", "folder": str(folder), "conversations": TALKS.dump_python(talks, mode="json")}):
+            return self._share_of_ratings(folder, talks)
+
+    def shared_scorer(self, folder: Path) -> Scorer:
+        """A reward model of which every process has one, and rates a share."""
+        return _SharedScorer(self, folder, self._scorer(folder))
 
     @contextmanager
     def _together(self, order: dict[str, Any]) -> Iterator[None]:
@@ -66,6 +83,9 @@ class Ranks:
             self._do(order)
 
     def _do(self, order: dict[str, Any]) -> None:
+        if order["job"] == "score":
+            self._share_of_ratings(Path(order["folder"]), TALKS.validate_python(order["conversations"]))
+            return
         requests = TypeAdapter(list[Request]).validate_python(order["requests"])
         self._share_of_answers(order["name"], Path(order["folder"]), requests)
 
@@ -81,6 +101,12 @@ class Ranks:
 
         return {name: adapter.validate_python(found) for share in self._exchange(answers) for name, found in share.items()}
 
+    def _share_of_ratings(self, folder: Path, talks: Sequence[tuple[Message, ...]]) -> list[Rating]:
+        adapter, size = TypeAdapter(list[Rating]), -(-len(talks) // self.mesh.size)
+        mine = talks[self.mesh.rank * size : (self.mesh.rank + 1) * size]  # neighbours: they answer one prompt
+        shares = self._exchange(lambda: adapter.dump_python(self._scorer(folder).score(mine), mode="json") if mine else [])
+        return [rating for share in shares for rating in adapter.validate_python(share)]
+
     def _exchange(self, work: Callable[[], Any]) -> list[Any]:
         """What all processes' work has given, as JSON values for the first one alone; the error of one is that of all."""
         try:
@@ -91,6 +117,16 @@ class Ranks:
         if errors := [share["error"] for share in shares if "error" in share]:
             raise InputError(errors[0])
         return [share.get("result", {}) for share in shares]
+
+
+class _SharedScorer:
+    """A reward model of which every process of the run has one."""
+
+    def __init__(self, ranks: Ranks, folder: Path, scorer: Scorer):
+        self.fits, self._ranks, self._folder = scorer.fits, ranks, folder
+
+    def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
+        return self._ranks.score(self._folder, conversations)
 
 
 def dealt(requests: Sequence[Request], num_shares: int) -> list[list[Request]]:

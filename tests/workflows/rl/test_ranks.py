@@ -65,7 +65,11 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("changes", "file"), [(WHOLE, "model/model.safetensors"), (LORA, "adapter/adapter_model.safetensors")])
-def test_two_processes_sample_and_train_what_one_does(tiny_base: Path, tmp_path: Path, changes: dict[str, Any], file: str) -> None:
+def test_two_processes_sample_and_train_what_one_does(
+    tiny_base: Path, reward_folder: Path, tmp_path: Path, changes: dict[str, Any], file: str
+) -> None:
+    if changes is WHOLE:  # which both rate by, too
+        changes = WHOLE | {"rewards": {"reward_model": {"folder": str(reward_folder), "weight": 0.1}}}
     recipe, one, two = make(tmp_path, tiny_base, **changes), tmp_path / "one", tmp_path / "two"
     alone, together = start(recipe, (1, one, {}), (2, two, {}))
     assert alone["codes"] == [0] and together["codes"] == [0, 0], "\n".join(together["said"])
@@ -75,7 +79,9 @@ def test_two_processes_sample_and_train_what_one_does(tiny_base: Path, tmp_path:
         for answer, other in zip(record.get("out", ()), second[name].get("out", ()), strict=True):
             assert answer["tokens"] == other["tokens"]
             torch.testing.assert_close(answer["logprobs"], other["logprobs"], rtol=0, atol=1e-3)
-        assert record.get("rewards") == second[name].get("rewards")
+        for answers, others in zip(record.get("rewards", {}).values(), second[name].get("rewards", {}).values(), strict=True):
+            assert [one["right"] for one in answers] == [other["right"] for other in others]
+            assert [one["total"] for one in answers] == pytest.approx([other["total"] for other in others], abs=1e-3)
     updated = [line for line in metrics(one) if "loss" in line]
     assert updated
     for line, other in zip(metrics(one), metrics(two), strict=True):
@@ -113,21 +119,20 @@ def test_a_kill_of_either_process_changes_no_weight_and_no_metric(tiny_base: Pat
 
 
 def test_the_first_process_alone_talks(tiny_base: Path, tmp_path: Path) -> None:
-    recipe = make(tmp_path, tiny_base, steps=1)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gristmill", "rl"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def told(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [*launcher, str(recipe), "--out", str(tmp_path / "run"), *options]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-    ran = told("--json", "--quiet")
+    recipe, launcher = make(tmp_path, tiny_base, steps=1), ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, "-m", "gristmill", "rl", str(recipe), "--out", str(tmp_path / "run"), "--json", "--quiet"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert ran.returncode in (0, 4), ran.stderr  # 4: with an alarm
     (line,) = ran.stdout.splitlines()
     assert json.loads(line)["steps"] == 1 and (tmp_path / "run/report.html").exists()
+
+
+def test_bad_input_is_told_by_the_first_process_and_ends_both(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = make(tmp_path, tiny_base)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Say nothing."}\n')
-    refused = told("--quiet")
-    assert refused.returncode not in (0, 4) and refused.stderr.count("nothing can judge it") == 1
+    (ended,) = start(recipe, (2, tmp_path / "run", {}))
+    assert ended["codes"] == [3, 0] and "nothing can judge it" in ended["said"][0] and not ended["said"][1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reasoning_run_is_refused_on_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

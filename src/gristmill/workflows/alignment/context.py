@@ -17,7 +17,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.find_format import find_format, with_template_of
-from gristmill.data.rows import Prompt, Rating, make_id
+from gristmill.data.rows import Prompt, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.attacks import ATTACKS
 from gristmill.evaluate.safety import Canary, Probe, read_canaries
@@ -27,7 +27,7 @@ from gristmill.generation.cached import BatchingClient, CachedClient, Client, co
 from gristmill.generation.settings import GeneratorSettings
 from gristmill.judge.backends import client_of, rater_of
 from gristmill.judge.filter_expr import FilterExpr
-from gristmill.judge.judges import Judges, LocalRater, Scorer
+from gristmill.judge.judges import Judges, LocalRater
 from gristmill.judge.programs import is_code
 from gristmill.judge.reward import RewardScorer
 from gristmill.judge.reward_client import weight_set
@@ -363,10 +363,6 @@ class AlignmentContext:
             self._scorer = folder, RewardScorer(model, tokenizer, self.format, weights=self.weights)
         return self._scorer[1]
 
-    def shared_scorer(self, folder: Path) -> Scorer:
-        """The same, where every process rates a share."""
-        return _SharedScorer(self.scorer(folder), folder, self.ranks)
-
     # ---- generation ----
 
     def generators(self, number: int) -> list[GeneratorSettings]:
@@ -417,18 +413,8 @@ class AlignmentContext:
             chat_format, device = self.recipe.chat_format, self.recipe.device
             rater = rater_of(reward, self.recipe.calls, ratings, chat_format=chat_format, device=device, tick=self.progress.tick)
         elif reward is not None and reward_folder is not None:
-            rater = LocalRater(self.shared_scorer(reward_folder), self.progress.tick)
+            rater = LocalRater(self.ranks.shared_scorer(reward_folder), self.progress.tick)
         return Judges(self.recipe.judging, self.verifier, rater, weights=self.weights, client=client)
-
-
-class _SharedScorer:
-    """A reward model of which every process of the run has one."""
-
-    def __init__(self, scorer: RewardScorer, folder: Path, ranks: AlignmentRanks):
-        self.fits, self._folder, self._ranks = scorer.fits, folder, ranks
-
-    def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
-        return self._ranks.score(self._folder, conversations)
 
 
 class _Tracked:

@@ -1,4 +1,4 @@
-"""The processes of an alignment run: beside answering, all train together and each rates a share."""
+"""The processes of an alignment run, with how they train."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -8,10 +8,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from gristmill.core.errors import InputError
-from gristmill.data.chat import Message
-from gristmill.data.rows import Demonstration, Pair, Rated, Rating
+from gristmill.data.rows import Demonstration, Pair, Rated
 from gristmill.engine.engine import Engine
-from gristmill.judge.reward import RewardScorer
+from gristmill.judge.judges import Scorer
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.settings import PreferenceTraining, Training
 from gristmill.train.trainer import TrainResult
@@ -21,32 +20,21 @@ from gristmill.workflows.train import train_model
 # Rows of a kind of training; any other has pairs.
 ROWS: dict[str, TypeAdapter[Any]] = {"sft": TypeAdapter(list[Demonstration]), "reward": TypeAdapter(list[Rated])}
 PAIRS: TypeAdapter[Any] = TypeAdapter(list[Pair])
-TALKS: TypeAdapter[Any] = TypeAdapter(list[tuple[Message, ...]])
 CHECKPOINT_SECONDS = 20.0
 
 
 class AlignmentRanks(Ranks):
-    """The processes of one alignment run.
+    """The processes of one alignment run; the arguments of `Ranks`, and
 
     Args:
-        engine: a model's engine, by its name and folder.
-        scorer: a reward model's, by its folder.
         options: of every training, as `train_model` takes them.
     """
 
     def __init__(
-        self, mesh: Mesh, *, engine: Callable[[str, Path], Engine], scorer: Callable[[Path], RewardScorer], options: dict[str, Any]
+        self, mesh: Mesh, *, engine: Callable[[str, Path], Engine], scorer: Callable[[Path], Scorer], options: dict[str, Any]
     ) -> None:
-        super().__init__(mesh, engine=engine)
-        self._scorer, self._options = scorer, options
-
-    def score(self, folder: Path, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
-        """Ratings by a reward model, of which each process makes a share."""
-        if self.mesh.size == 1:
-            return self._scorer(folder).score(conversations)
-        plain = TALKS.dump_python([tuple(talk) for talk in conversations], mode="json")
-        with self._together({"job": "score", "folder": str(folder), "conversations": plain}):
-            return self._share_of_ratings(folder, conversations)
+        super().__init__(mesh, engine=engine, scorer=scorer)
+        self._options = options
 
     def train(self, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> TrainResult:
         """Train on all processes."""
@@ -57,9 +45,7 @@ class AlignmentRanks(Ranks):
             return self._train(kind, start, rows, recipe, folder)
 
     def _do(self, order: dict[str, Any]) -> None:
-        if order["job"] == "score":
-            self._share_of_ratings(Path(order["folder"]), TALKS.validate_python(order["conversations"]))
-        elif order["job"] == "train":
+        if order["job"] == "train":
             rows = ROWS.get(order["kind"], PAIRS).validate_python(order["rows"])
             recipe = (Training if order["kind"] in ROWS else PreferenceTraining).model_validate(order["recipe"])
             with suppress(InputError):  # the first process says it, and what comes then
@@ -67,14 +53,6 @@ class AlignmentRanks(Ranks):
         else:
             super()._do(order)
 
-    # ---- what all do ----
-
     def _train(self, kind: str, start: Path, rows: Sequence[Any], recipe: Training, folder: Path) -> TrainResult:
         options = {"checkpoint_every": CHECKPOINT_SECONDS, "mesh": self.mesh, **self._options}
         return train_model(kind, start, rows, out=folder, recipe=recipe, **options)
-
-    def _share_of_ratings(self, folder: Path, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
-        adapter, size = TypeAdapter(list[Rating]), -(-len(conversations) // self.mesh.size)
-        mine = conversations[self.mesh.rank * size : (self.mesh.rank + 1) * size]  # neighbours: they answer one prompt
-        shares = self._exchange(lambda: adapter.dump_python(self._scorer(folder).score(mine), mode="json") if mine else [])
-        return [rating for share in shares for rating in adapter.validate_python(share)]

@@ -247,7 +247,7 @@ class _Run:
         recipe = self.recipe
         parts: list[RewardPart] = [*self.functions]
         if recipe.asks_others:
-            parts += model_parts(recipe, self._journalled(folder, stack))
+            parts += model_parts(recipe, self._journalled(folder, stack), self.ranks.shared_scorer)
         return parts if self.environment is None else [*parts, self.environment]
 
     def _journalled(self, folder: Path, stack: ExitStack) -> Journal:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gristmill.core.errors import InputError
+from gristmill.judge.backends import scorer_of
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.batches import Rollout
 from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model
@@ -36,7 +37,8 @@ class RlRanks(Ranks):
     name = "policy"
 
     def __init__(self, mesh: Mesh, recipe: RlRecipe, policy: Policy) -> None:
-        super().__init__(mesh, engine=lambda name, folder: policy.engine)
+        scorer = partial(scorer_of, chat_format="auto", device=recipe.device)
+        super().__init__(mesh, engine=lambda name, folder: policy.engine, scorer=scorer)
         self._recipe, self._policy = recipe, policy
         self._trainer: Trainer | None = None
         self._store: CheckpointStore | None = None
