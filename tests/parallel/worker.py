@@ -11,6 +11,7 @@ which ends or stops one process (`rank`): at a `moment` (see `arm`) of a `step`,
 import copy
 import json
 import os
+import pkgutil
 import signal
 import socket
 import sys
@@ -357,11 +358,23 @@ def before(owner: Any, name: str, act: Callable[[], object]) -> None:
     setattr(owner, name, lambda *arguments, **options: (act(), real(*arguments, **options))[1])
 
 
+def rl(mesh: Mesh, out: Path, *, recipe: str) -> None:
+    """`gristmill rl`, with a checkpoint after every step."""
+    from gristmill.core.config import load
+    from gristmill.core.progress import Progress
+    from gristmill.workflows.rl import loop
+    from gristmill.workflows.rl.recipe import RlRecipe
+
+    loop.CHECKPOINT_SECONDS = 0.0
+    loop.run(load(Path(recipe), RlRecipe), out, Progress(quiet=True), mesh=mesh)
+
+
 def arm(moment: str, step: int) -> None:
     """Let this process end, or stop, when its training gets there."""
     sign = signal.SIGSTOP if moment == "stop" else signal.SIGKILL
+    module, _, called = moment.rpartition(".")  # of a moment that is the name of a function
     begun: list[int] = []
-    before(Trainer, "step", lambda: begun.append(1))
+    before(Trainer, "_micro_batches", lambda: begun.append(1))
     places: dict[str, tuple[Any, str]] = {
         "step": (Trainer, "_backward"),  # others are in the middle of it
         "stop": (Trainer, "_backward"),
@@ -369,7 +382,10 @@ def arm(moment: str, step: int) -> None:
         "written": (checkpoint, "write_json"),  # all parts are there, and no checkpoint yet
         "renamed": (checkpoint, "sync"),  # there is a checkpoint more than shall be, but for the first
     }
-    before(*places[moment], lambda: os.kill(os.getpid(), sign) if len(begun) == step else None)
+    before(
+        *(places[moment] if moment in places else (pkgutil.resolve_name(module), called)),
+        lambda: os.kill(os.getpid(), sign) if len(begun) == step else None,
+    )
 
 
 def train_in(job: str, out: Path, *, dims: dict[str, int], fault: dict[str, Any], replicated: bool = False, **options: Any) -> int:
@@ -436,4 +452,7 @@ def start(size: int, job: str, out: str, options: dict[str, Any]) -> dict[str, A
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps([start(*job) for job in json.loads(sys.argv[1])]))
+    jobs = json.loads(sys.argv[1])
+    if any(job == "rl" for _, job, *_ in jobs):
+        import gristmill.workflows.rl.loop  # noqa: F401 (once, for all that are forked)
+    print(json.dumps([start(*job) for job in jobs]))

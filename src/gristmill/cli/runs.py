@@ -132,17 +132,25 @@ def _finish(
     *,
     quiet: bool,
     as_json: bool,
+    shared: bool = False,
 ) -> None:
-    """Turn a run from the start or from where it was cut off, and tell its results and its page."""
+    """Turn a run from the start or from where it was cut off, and tell its results and its page.
+
+    Args:
+        shared: whether several processes can work on it; the first one alone talks.
+    """
     from gristmill.core.progress import Progress
     from gristmill.report.summary import stage_line
     from gristmill.runs.reader import read_run
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("This kind of run has one process: start it without torchrun.")
     folder = out or Path("runs") / "-".join([name, *([f"seed{seed}"] if seed is not None else [])])
-    with Progress(quiet=quiet, describe=stage_line) as progress:
+    talks = os.environ.get("RANK", "0") == "0"
+    with Progress(quiet=quiet or not talks, describe=stage_line) as progress:
         results = start(folder, progress)
+    if not talks:
+        return
     page = write_page(read_run(folder))
     echo(json.dumps(results) if as_json else "\n".join([*lines(results, folder), f"report: {page}"]))
     end_with_alarms(results.get("alarms", ()))  # none in results of an earlier version
@@ -178,8 +186,13 @@ def rl(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Reinforcement learning by programs, models and functions: GRPO and its relatives, from the start or where it was cut off."""
+    """Reinforcement learning by programs, models and functions: GRPO and its relatives, from the start or where it was cut off.
+
+    Under torchrun each process samples a share of the groups and trains on a share (docs/rl.md).
+    """
     from gristmill.core.config import find_recipe, load
+    from gristmill.core.device import pick_device
+    from gristmill.parallel.mesh import ParallelDims, process_mesh
     from gristmill.report.rl import write_page
     from gristmill.report.summary import rl_lines
     from gristmill.workflows.rl.loop import run as run_rl
@@ -187,8 +200,12 @@ def rl(
 
     loaded = load(find_recipe(recipe, "rl"), RlRecipe, given(model=model, seed=seed, steps=steps, threads=threads, device=device))
     loaded = loaded.with_files(prompts=prompts, reward_model=reward_model)
-    start = partial(run_rl, loaded, unsafe_code=unsafe_code)
-    _finish(loaded.name, seed, out, start, write_page, rl_lines, quiet=quiet, as_json=as_json)
+
+    def start(folder: Path, progress: "Progress") -> dict[str, Any]:
+        with process_mesh(pick_device(loaded.device), ParallelDims(replicate=True)) as mesh:
+            return run_rl(loaded, folder, progress, unsafe_code, mesh=mesh)
+
+    _finish(loaded.name, seed, out, start, write_page, rl_lines, quiet=quiet, as_json=as_json, shared=True)
 
 
 @command("gristmill compress miniature --model runs/miniature/02-demonstrations/model --speed 1.3")

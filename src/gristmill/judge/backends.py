@@ -11,7 +11,7 @@ from gristmill.generation.cached import Client
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.generation.mixture import MixtureClient
 from gristmill.generation.settings import Calls, GeneratorSettings
-from gristmill.judge.judges import EndpointRater, LocalRater, Rater
+from gristmill.judge.judges import EndpointRater, LocalRater, Rater, Scorer
 from gristmill.judge.programs import Tick
 from gristmill.judge.reward_client import RewardModelEndpoint, weight_set
 from gristmill.judge.settings import Reward
@@ -80,12 +80,17 @@ def rater_of(
     device: str = "auto",
     retry_failed: bool = False,
     tick: Tick | None = None,
+    scorer: Scorer | None = None,
 ) -> Rater:
-    """The reward model of a recipe."""
+    """The reward model of a recipe.
+
+    Args:
+        scorer: what rates in place of a folder's reward model in this process.
+    """
     if reward.base_url:
         return EndpointRater(_target(reward), reward, calls, journal, retry_failed=retry_failed)
     assert reward.folder is not None
-    return LocalRater(_scorer(reward.folder, chat_format, device), tick)
+    return LocalRater(scorer or scorer_of(reward.folder, chat_format, device), tick)
 
 
 def _target(reward: Reward) -> Target:
@@ -98,7 +103,8 @@ def _keyless(target: Target) -> Target:
 
 
 @cache
-def _scorer(folder: Path, chat_format: str, device: str) -> "RewardScorer":
+def scorer_of(folder: Path, chat_format: str, device: str) -> "RewardScorer":
+    """The reward model in a folder, loaded once."""
     from gristmill.judge.reward import load_scorer
 
     return load_scorer(folder, chat_format, device=device)

@@ -45,6 +45,7 @@ class ParallelDims:
         pp: processes that share out the layers (pipeline parallel).
         vp: virtual stages of each of them: the schedule is 1F1B with 1, and interleaved above.
         schedule: of the pipeline, out of `layout.SCHEDULES`.
+        replicate: what shares out samples has all weights, also of a large model (DDP, not FSDP2).
     """
 
     tp: int = 1
@@ -52,6 +53,7 @@ class ParallelDims:
     pp: int = 1
     vp: int = 1
     schedule: str = "1f1b"
+    replicate: bool = False
 
     @property
     def together(self) -> int:

@@ -194,8 +194,8 @@ def monitor_plot(
     return svg(width, height, what, parts)
 
 
-def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss") -> Markup:
-    """A loss, or what else is measured, over the steps of a training: (step, value), in order."""
+def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss", means: Sequence[tuple[float, float]] = ()) -> Markup:
+    """A loss, or what else is measured, over the steps of a training: (step, value), in order; where it is noise, behind its `means`."""
     width, height, top, bottom, side = 330.0, 140.0, 10.0, 22.0, 52.0
     low, high = (f(v for _, v in points) for f in (min, max))
     span, last = (high - low) or 1.0, max(points[-1][0] - points[0][0], 1)
@@ -211,7 +211,9 @@ def loss_plot(points: Sequence[tuple[float, float]], what: str = "Loss") -> Mark
         parts.append(el("text", f"{value:.3g}", x=r1(side - 6), y=r1(y(value) + 4), text_anchor="end"))
     for step, anchor in ((points[0][0], "start"), (points[-1][0], "end")):
         parts.append(el("text", f"{step:,.0f}", x=r1(x(step)), y=r1(height - 6), text_anchor=anchor))
-    parts.append(el("polyline", points=" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points), class_="greedy curve"))
+    lines = [(points, "greedy curve faint"), (means, "greedy curve")] if means else [(points, "greedy curve")]
+    for line, css in lines:
+        parts.append(el("polyline", points=" ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in line), class_=css))
     if len(points) == 1:
         parts.append(el("circle", cx=r1(x(points[0][0])), cy=r1(y(points[0][1])), r=3, class_="greedy"))
     return svg(width, height, f"{what} from {points[0][1]:.3g} to {points[-1][1]:.3g}", parts)

@@ -2,6 +2,7 @@
 
 from collections import deque
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from gristmill.core.io import write_text
@@ -31,6 +32,7 @@ CURVES = {
     "mismatch": "sampler against trainer, nats a token",
     "grad_norm": "gradient norm",
 }
+MEAN_OF = 10  # steps, of a curve's means: each step asks other prompts, so that single ones are noise
 NUM_GROUPS, MAX_CHARS = 6, 1200  # groups that are shown, and of an answer
 MAX_GROUPS = 1000  # latest ones that are looked at: a journal may be larger than memory
 
@@ -44,7 +46,8 @@ def write_page(data: RunData) -> Path:
         body += [el("pre", "\n".join(rl_lines(data.results, data.folder))), _accuracies(data.results)]
     for stage in data.stages:
         if drawn := curves(data, stage["folder"]):
-            body += [el("h2", "Every step"), el("div", drawn, class_="grid")]
+            note = f"Bold, from {2 * MEAN_OF} steps on: the mean of the last {MEAN_OF}."
+            body += [el("h2", "Every step"), el("p", note, class_="note"), el("div", drawn, class_="grid")]
             body += [el("h2", "Groups of the last steps"), *_groups(data.folder, stage["folder"])]
     path = data.folder / "report.html"
     write_text(path, document(title, head, el("main", body)))
@@ -55,7 +58,7 @@ def _accuracies(results: dict[str, Any]) -> Markup:
     before, after = results["stages"]
     rows = []
     for mode in MODES:
-        for task in before[mode]:
+        for task in before[mode] if len(before[mode]) > 2 else ["overall"]:  # of one task the same is said once
             difference = format_difference(results["paired"][mode]) if task == "overall" else ""
             rows.append([f"{mode}, {task}", format_score_ci(before[mode][task]), format_score_ci(after[mode][task]), difference])
     return table(["", "before", "after", "paired difference"], rows)
@@ -68,12 +71,15 @@ def curves(data: RunData, stage: str) -> list[Markup]:
     drawn: list[list[tuple[float, float]]] = []
     parts = {name for step in steps for name in step if name.startswith("reward_")} - CURVES.keys() if steps else ()
     for name, words in [*CURVES.items(), *((name, f"reward by {name.removeprefix('reward_')}") for name in sorted(parts))]:
-        points = [(step["step"], step[name]) for step in thinned(steps) if name in step] if steps else []
+        points = [(step["step"], step[name]) for step in steps if name in step]
         if points in drawn or len({value for _, value in points}) == 1:
             continue  # it tells nothing more
         drawn.append(points)
         if points:
-            out.append(el("div", el("p", words, class_="title"), loss_plot(points, words.capitalize()), class_="figure"))
+            whole = range(MEAN_OF, len(points) + 1) if len(points) >= 2 * MEAN_OF else ()
+            means = [(points[i - 1][0], fmean(value for _, value in points[i - MEAN_OF : i])) for i in whole]
+            figure = loss_plot(thinned(points), words.capitalize(), thinned(means))
+            out.append(el("div", el("p", words, class_="title"), figure, class_="figure"))
     return out
 
 

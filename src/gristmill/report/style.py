@@ -112,7 +112,8 @@ svg .axis { stroke: var(--line); stroke-width: 1; } svg .base { stroke: var(--so
 svg .band { fill: var(--band); }
 svg .greedy { stroke: var(--greedy); fill: var(--greedy); } svg .sampled { stroke: var(--sampled); fill: var(--sampled); }
 svg text.greedy, svg text.sampled { stroke: none; font-weight: 620; }
-svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .whisker { stroke-width: 1.4; opacity: .6; }
+svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .faint { stroke-width: 1; opacity: .35; } svg .whisker { stroke-width: 1.4; opacity: .6; }
 svg .hollow { fill: var(--card); stroke-width: 1.6; }
 svg .before { fill: var(--soft); opacity: .32; } svg .after { fill: var(--greedy); opacity: .62; }
 svg .mark { stroke: var(--ink); stroke-width: 1.4; stroke-dasharray: 3 3; } svg .mark.light { stroke: var(--soft); }

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 from gristmill.core.io import DamagedFile, read_bytes
 from gristmill.report.figures import loss_plot
@@ -12,6 +12,7 @@ from gristmill.runs.reader import RunData
 
 MAX_METRICS_BYTES = 64 << 20
 MAX_POINTS = 300  # of a curve
+StepT = TypeVar("StepT")
 
 
 def read_metrics(data: RunData, stage: str, needed: Sequence[str] = ("step", "loss")) -> list[dict[str, float]]:
@@ -54,7 +55,7 @@ def training_section(data: RunData) -> list[Markup]:
     return [el("div", out, class_="grid")] if out else []
 
 
-def thinned(steps: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def thinned(steps: Sequence[StepT]) -> list[StepT]:
     """So many steps as a curve shows, the last among them."""
-    every = math.ceil(len(steps) / MAX_POINTS)
-    return [*steps[:-1:every], steps[-1]]
+    every = max(1, math.ceil(len(steps) / MAX_POINTS))
+    return [*steps[:-1:every], *steps[-1:]]

@@ -29,9 +29,9 @@ def check_parallel(config: ModelConfig, dims: ParallelDims, *, bases: Iterable[s
 
 
 def is_replicated(model: nn.Module, dims: ParallelDims) -> bool:
-    """Whether processes that share out samples all have the same tensors: an adapter's, or those of a small model."""
+    """Whether processes that share out samples all have the same tensors: an adapter's, those of a small model, or by choice."""
     small = sum(parameter.numel() for parameter in model.parameters()) < REPLICATED
-    return is_adapted(model) or (small and dims.together == 1)
+    return is_adapted(model) or ((small or dims.replicate) and dims.together == 1)
 
 
 def read_parts(folder: Path, shapes: Mapping[str, Sequence[int]], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

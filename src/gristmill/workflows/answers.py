@@ -1,15 +1,14 @@
-"""Answers of an engine that are journalled as they come."""
+"""Answers of an engine, or of several processes', that are journalled as they come."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gristmill.core.progress import Progress
-from gristmill.engine.engine import Engine
-from gristmill.generation.api import Completion, Request
+from gristmill.generation.api import Completion, Generator, Request
 from gristmill.runs.journal import Journal
 
 
-def journalled(requests: Sequence[Request], engine: Callable[[], Engine], path: Path, progress: Progress) -> dict[str, list[Completion]]:
+def journalled(requests: Sequence[Request], engine: Callable[[], Generator], path: Path, progress: Progress) -> dict[str, list[Completion]]:
     """Completions by request; those that an earlier start finished are read from the journal. They hold text, length and end alone.
 
     Args:

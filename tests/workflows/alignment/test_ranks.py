@@ -12,7 +12,7 @@ import yaml
 
 from gristmill.data.chat import Message
 from gristmill.generation.api import Request
-from gristmill.workflows.alignment.ranks import dealt
+from gristmill.workflows.ranks import dealt
 
 
 def start(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -1,12 +1,18 @@
-"""A server that answers what a test tells it to."""
+"""A server that answers what a test tells it to, and a reward model."""
 
 import json
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+
+from gristmill.data.tokenizer import Tokenizer
+from gristmill.model.hf import load_model
+from gristmill.model.hf_save import save_reward
+from gristmill.model.reward import RewardModel
 
 Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]  # of a path and a body: status and JSON
 
@@ -36,6 +42,13 @@ class JsonServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reward") / "model"
+    save_reward(RewardModel(load_model(tiny_base)[0], seed=1), Tokenizer.load(tiny_base), folder)
+    return folder
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from gristmill.engine.engine import Engine
 from gristmill.model.adapters import load_model as load_adapted
 from gristmill.model.hf import load_model
 from gristmill.model.packed import PackedShape
-from gristmill.report.rl import write_page
+from gristmill.report.rl import curves, write_page
 from gristmill.report.summary import stage_line
 from gristmill.runs.journal import Journal
 from gristmill.runs.reader import read_run
@@ -260,6 +260,18 @@ def test_the_page_shows_every_step_and_right_beside_wrong_and_runs_no_answer(cal
     page = write_page(read_run(calm / "run")).read_text()
     assert "share of groups with a spread" in page and "paired" in page and "right, " in page and "wrong, " in page
     assert "<script" not in page and "&lt;script&gt;" in page
+
+
+def test_the_page_draws_means_of_ten_steps_over_what_is_noise(calm: Path) -> None:
+    data = read_run(calm / "run")
+    assert 'class="greedy curve faint"' not in write_page(data).read_text()
+    log = calm / "run/01-rl/train/metrics.jsonl"
+    before = log.read_text()
+    log.write_text("".join(json.dumps({"step": i, "reward_total": float(i % 2)}) + "\n" for i in range(1, 41)))
+    (figure,) = map(str, curves(data, "01-rl"))
+    log.write_text(before)
+    noise, means = (part.split('"')[0].split() for part in figure.split('points="')[1:])
+    assert len(noise) == 40 and len(means) == 31 and len({point.split(",")[1] for point in means}) == 1
 
 
 def test_the_command_runs_and_prints_the_change(tiny_base: Path, tmp_path: Path) -> None:

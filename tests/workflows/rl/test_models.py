@@ -9,14 +9,10 @@ import pytest
 from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.rows import Prompt
-from gristmill.data.tokenizer import Tokenizer
 from gristmill.generation.api import Completion
 from gristmill.generation.settings import Calls
 from gristmill.judge.programs import Verifier
 from gristmill.judge.reward import load_scorer
-from gristmill.model.hf import load_model
-from gristmill.model.hf_save import save_reward
-from gristmill.model.reward import RewardModel as Model
 from gristmill.runs.journal import Journal
 from gristmill.workflows.rl.models import JudgePart, RewardModelPart
 from gristmill.workflows.rl.recipe import Judge, RewardModel, Rewards
@@ -31,13 +27,6 @@ ONCE = Calls(retries=0)
 
 def answer(text: str) -> Completion:
     return Completion(text, 3, (), "stop", (1, 2, 3))
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward") / "model"
-    save_reward(Model(load_model(tiny_base)[0], seed=1), Tokenizer.load(tiny_base), folder)
-    return folder
 
 
 def test_a_reward_model_in_process_scores_the_reply_behind_the_thinking(reward_folder: Path, tmp_path: Path) -> None:

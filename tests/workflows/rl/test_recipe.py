@@ -48,6 +48,7 @@ def test_what_cannot_work_is_refused(values: dict[str, Any], words: str) -> None
 
 def test_an_adapter_has_ten_times_the_learning_rate() -> None:
     assert recipe().lr(1_000_000) == 3e-4 and recipe(training={"lora": {}}).lr(1_000_000) == pytest.approx(3e-3)
+    assert recipe().lr(135_000_000) == 4e-5
     assert recipe(training={"lora": {}, "lr": 1e-4}).lr(1_000_000) == 1e-4
 
 

@@ -17,7 +17,7 @@ from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.find_format import find_format, with_template_of
-from gristmill.data.rows import Prompt, Rating, make_id
+from gristmill.data.rows import Prompt, make_id
 from gristmill.engine.engine import Engine
 from gristmill.evaluate.attacks import ATTACKS
 from gristmill.evaluate.safety import Canary, Probe, read_canaries
@@ -27,7 +27,7 @@ from gristmill.generation.cached import BatchingClient, CachedClient, Client, co
 from gristmill.generation.settings import GeneratorSettings
 from gristmill.judge.backends import client_of, rater_of
 from gristmill.judge.filter_expr import FilterExpr
-from gristmill.judge.judges import Judges, LocalRater, Scorer
+from gristmill.judge.judges import Judges, LocalRater
 from gristmill.judge.programs import is_code
 from gristmill.judge.reward import RewardScorer
 from gristmill.judge.reward_client import weight_set
@@ -46,7 +46,7 @@ from gristmill.synth.templates import TemplatePack
 from gristmill.train.by_size import Kind, described, fill
 from gristmill.train.settings import Training
 from gristmill.train.sharded import check_parallel
-from gristmill.workflows.alignment.ranks import Ranks
+from gristmill.workflows.alignment.ranks import AlignmentRanks
 from gristmill.workflows.alignment.recipe import AlignmentRecipe
 from gristmill.workflows.alignment.source import DataSource, FileSource, normalize_prompt
 from gristmill.workflows.alignment.state import ReadSaid
@@ -113,7 +113,7 @@ class AlignmentContext:
         progress: where work announces itself.
         unsafe_code: run model-written programs without a jail.
         redo: as `RunDir` takes it.
-        mesh: the processes of the run, of which the first alone has the folder (`Ranks`); default this one alone.
+        mesh: the processes of the run, of which the first alone has the folder (`AlignmentRanks`); default this one alone.
         read_said: as `loop.run` takes it.
 
     Raises:
@@ -187,7 +187,7 @@ class AlignmentContext:
         self.reward_report: dict[str, Any] = {}
         training = {"chat_format": self.format, "device": self.device, "seed": recipe.seed, "weights": self.weights or None}
         training |= {"on_step": progress.train_step}
-        self.ranks = Ranks(mesh or Mesh(), engine=self.engine, scorer=self.scorer, options=training)
+        self.ranks = AlignmentRanks(mesh or Mesh(), engine=self.engine, scorer=self.scorer, options=training)
         self.ranks.mesh.agree(make_id(__version__, recipe.model_dump(mode="json")), "recipes or versions of gristmill")
         if self.ranks.mesh.is_writer:
             try:
@@ -363,10 +363,6 @@ class AlignmentContext:
             self._scorer = folder, RewardScorer(model, tokenizer, self.format, weights=self.weights)
         return self._scorer[1]
 
-    def shared_scorer(self, folder: Path) -> Scorer:
-        """The same, where every process rates a share."""
-        return _SharedScorer(self.scorer(folder), folder, self.ranks)
-
     # ---- generation ----
 
     def generators(self, number: int) -> list[GeneratorSettings]:
@@ -417,28 +413,18 @@ class AlignmentContext:
             chat_format, device = self.recipe.chat_format, self.recipe.device
             rater = rater_of(reward, self.recipe.calls, ratings, chat_format=chat_format, device=device, tick=self.progress.tick)
         elif reward is not None and reward_folder is not None:
-            rater = LocalRater(self.shared_scorer(reward_folder), self.progress.tick)
+            rater = LocalRater(self.ranks.shared_scorer(reward_folder), self.progress.tick)
         return Judges(self.recipe.judging, self.verifier, rater, weights=self.weights, client=client)
-
-
-class _SharedScorer:
-    """A reward model of which every process of the run has one."""
-
-    def __init__(self, scorer: RewardScorer, folder: Path, ranks: Ranks):
-        self.fits, self._folder, self._ranks = scorer.fits, folder, ranks
-
-    def score(self, conversations: Sequence[Sequence[Message]]) -> list[Rating]:
-        return self._ranks.score(self._folder, conversations)
 
 
 class _Tracked:
     """An engine whose answers show as progress."""
 
-    def __init__(self, engine: Engine, folder: Path, progress: Progress, ranks: Ranks):
+    def __init__(self, engine: Engine, folder: Path, progress: Progress, ranks: AlignmentRanks):
         self.engine, self.folder, self.progress, self.name, self.ranks = engine, folder, progress, engine.name, ranks
 
     def generate(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Completion]]]:
         wave, stats = list(requests), self.engine.stats
         tokens = stats.output_tokens
-        done = self.ranks.generate(self.name, self.folder, wave)
+        done = self.ranks.generate(wave, self.name, self.folder)
         yield from self.progress.track(done, len(wave), lambda: f"answers, {stats.output_tokens - tokens:,} tokens")

@@ -213,7 +213,7 @@ def _check_reward(context: AlignmentContext, state: State, instruct: Engine) -> 
         assert state.reward_folder is not None
         scorer = context.scorer(state.reward_folder)
         _, held = split_ratings(context, state)
-        rater = LocalRater(context.shared_scorer(state.reward_folder), context.progress.tick)
+        rater = LocalRater(context.ranks.shared_scorer(state.reward_folder), context.progress.tick)
         ratings = asyncio.run(rater.rate({r.id: r.messages for r in held}))
         by_id = {name: scorer.total(rating) for name, rating in ratings.items()}
 

@@ -1,14 +1,14 @@
-"""Reinforcement learning in one process and with one set of weights: rollouts by the engine, updates by the Trainer, exact resume.
+"""Reinforcement learning with one set of weights: rollouts by the engine, updates by the Trainer, exact resume.
 
 A step: rollouts are journalled, then their rewards, then the update is made. A checkpoint holds weights, optimizer and the number of
 steps. A start after a kill goes on from the checkpoint: it reads the rollouts of later steps from the journal and makes their updates
-again, so that no answer is sampled or judged twice, and the weights are those of a run that was never killed.
+again, so that no answer is sampled or judged twice, and the weights are those of a run that was never killed. On several processes the
+first one does all this, and the others sample and train with it (`ranks.py`).
 """
 
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gristmill import __version__
 from gristmill.core.device import pick_device, pick_precision
 from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
@@ -28,12 +29,13 @@ from gristmill.miniature.base import BASE
 from gristmill.model.flops import num_parameters
 from gristmill.model.hf import fingerprint
 from gristmill.model.hf_config import read_config
+from gristmill.parallel.mesh import Mesh
 from gristmill.runs.journal import Journal
 from gristmill.runs.run_dir import RunDir
-from gristmill.train.checkpoint import Checkpoint, CheckpointStore, Identity, fingerprint_model, fingerprint_text
+from gristmill.train.batches import Rollout
+from gristmill.train.checkpoint import fingerprint_text
 from gristmill.train.metrics import MetricsLog
-from gristmill.train.objectives.policy_gradient import normalized, with_logprobs
-from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.train.objectives.policy_gradient import normalized
 from gristmill.workflows.alarms import few_updates, worse_on
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.dataset.steps import check_given_tests, open_verifier
@@ -43,6 +45,7 @@ from gristmill.workflows.rl.functions import RewardProcess
 from gristmill.workflows.rl.models import check_models, model_parts
 from gristmill.workflows.rl.policy import Policy
 from gristmill.workflows.rl.prompts import check_room, check_sources, find_prompts, source_stamps
+from gristmill.workflows.rl.ranks import RlRanks
 from gristmill.workflows.rl.recipe import NORMALIZE, RlRecipe
 from gristmill.workflows.rl.rewards import Rewarder, RewardPart
 from gristmill.workflows.rl.rollouts import Group, RolloutSource, group_metrics
@@ -54,26 +57,41 @@ CHECKPOINT_SECONDS = 20.0
 SHOWN_STEPS = 5  # first and last ones that a summary gives the mean reward of
 
 
-def run(recipe: RlRecipe, folder: Path, progress: Progress, unsafe_code: bool = False) -> dict[str, Any]:
-    """Run a recipe of reinforcement learning, from the start or from where it was cut off; what `results.json` holds.
+def run(recipe: RlRecipe, folder: Path, progress: Progress, unsafe_code: bool = False, *, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Run a recipe of reinforcement learning, from the start or from where it was cut off; what `results.json` holds, in the first process.
+
+    Args:
+        mesh: the processes of the run (`process_mesh`), which have all weights each; default this one alone.
 
     Raises:
         InputError: a file or the model cannot be used, no group has a spread for many steps, or the disk is full.
     """
     with ExitStack() as stack:
-        return _Run(recipe, folder, progress, unsafe_code, stack).results()
+        started = _Run(recipe, progress, mesh or Mesh())
+        stack.callback(started.ranks.dismiss)
+        if not started.ranks.mesh.is_writer:
+            started.ranks.follow()
+            return {}
+        started.open(folder, unsafe_code, stack)
+        return started.results()
 
 
 class _Run:
     """A run in progress: the model as given is evaluated, trained, and evaluated again on the same prompts."""
 
-    def __init__(self, recipe: RlRecipe, folder: Path, progress: Progress, unsafe_code: bool, stack: ExitStack):
+    def __init__(self, recipe: RlRecipe, progress: Progress, mesh: Mesh):
         self.device, self.progress = pick_device(recipe.device), progress
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         self.start = BASE if recipe.model == "miniature" else Path(recipe.model)
-        recipe = self.recipe = self._resolved(recipe)
-        self.policy = Policy(recipe, self.start, self.device)
+        self.recipe = self._resolved(recipe, mesh)
+        mesh.agree(make_id(__version__, self.recipe.model_dump(mode="json")), "recipes or versions of gristmill")
+        self.policy = Policy(self.recipe, self.start, self.device)
+        self.ranks = RlRanks(mesh, self.recipe, self.policy)
+
+    def open(self, folder: Path, unsafe_code: bool, stack: ExitStack) -> None:
+        """What the first process alone has: prompts, what judges, and the folder."""
+        recipe, progress = self.recipe, self.progress
         self.environment: Tasks | None = None
         if recipe.environment is not None:
             self.environment = open_environment(recipe.environment, stack, recipe.calls.concurrency)
@@ -88,12 +106,13 @@ class _Run:
         self.sources = source_stamps(recipe)
         self.dir = stack.enter_context(RunDir(folder, self.recipe, progress))
 
-    def _resolved(self, recipe: RlRecipe) -> RlRecipe:
+    def _resolved(self, recipe: RlRecipe, mesh: Mesh) -> RlRecipe:
         """The recipe with what it leaves to the model's size and the device."""
         training, engine = recipe.training, recipe.engine
         lr = recipe.lr(num_parameters(read_config(self.start)[1]))
-        precision = pick_precision(self.device) if training.precision == "auto" else training.precision
-        generation = pick_precision(self.device) if engine.precision == "auto" else engine.precision
+        picked = mesh.first(pick_precision(self.device)) if "auto" in (training.precision, engine.precision) else ""  # by measuring
+        precision = picked if training.precision == "auto" else training.precision
+        generation = picked if engine.precision == "auto" else engine.precision
         changes = {"lr": lr, "precision": precision}
         return recipe.model_copy(
             update={
@@ -125,7 +144,7 @@ class _Run:
 
     def _generate(self, requests: list[Request], path: Path) -> dict[str, list[Completion]]:
         """Completions by request; those that an earlier start finished are read from the journal."""
-        return journalled(requests, lambda: self.policy.engine, path, self.progress)
+        return journalled(requests, lambda: self.ranks, path, self.progress)
 
     def _evaluate(self, folder: Path) -> dict[str, Any]:
         """Accuracy on the evaluation prompts, greedy and at temperature 1, by other requests than training's."""
@@ -180,42 +199,29 @@ class _Run:
             kept = kept_by_rate(rates, curriculum)
             prompts, rates = [prompts[i] for i in kept], [rates[i] for i in kept]
             order = curriculum_order(rates, recipe.steps, recipe.prompts, curriculum=curriculum, seed=recipe.seed)
-        values = {k: v for k, v in recipe.training.model_dump().items() if k in TrainSettings.__dataclass_fields__}
-        if recipe.training.lora is not None:
-            values["b_lr_ratio"] = recipe.training.lora.b_lr_ratio
-        settings = TrainSettings(
-            **values, steps=recipe.steps * recipe.updates, batch_size=recipe.prompts * recipe.samples, seed=recipe.seed
-        )
-        policy = self.policy
-        trainer = Trainer(policy.model, recipe.objective(), settings, device=self.device, folder=folder / TRAIN)
-        asked = make_id([p.id for p in self.prompts])
-        decides = fingerprint_text(str(self._decides()))
-        store = CheckpointStore(folder / TRAIN, Identity(fingerprint_model(policy.model), asked, decides))
+        ranks = self.ranks
+        saved = ranks.begin(folder / TRAIN, make_id([p.id for p in self.prompts]), fingerprint_text(str(self._decides())))
         done, seconds, idle, rewards = 0, 0.0, 0, list[float]()
-        if (saved := store.load()) is not None:
-            trainer.load_state(saved)
+        if saved is not None:
             done, seconds, idle, rewards = (saved.info[name] for name in ("rollout_steps", "seconds", "idle", "rewards"))
-        policy.refresh()
         log = MetricsLog(folder / TRAIN, done)
         started = last_saved = time.monotonic()
 
-        def state(finished: bool) -> Checkpoint:
-            found = trainer.state(finished=finished)
+        def save(*, finished: bool = False) -> None:
             elapsed = seconds + time.monotonic() - started
             info = {"rollout_steps": done, "seconds": elapsed, "idle": idle, "rewards": rewards}
-            return replace(found, step=done, info=found.info | info)
+            ranks.save_checkpoint(done, info, finished=finished)
 
         check_sources(folder, self.sources)
         with ExitStack() as stack:
             journal = stack.enter_context(Journal(folder / ROLLOUTS))
             rewarder = Rewarder(recipe.rewards, self.verifier, recipe.max_tokens, self._parts(folder, stack))
-            source = RolloutSource(recipe, prompts, policy, rewarder, journal, order=order)
+            source = RolloutSource(recipe, prompts, self.policy, rewarder, journal, order=order, sampler=ranks)
             while done < recipe.steps:
                 began = time.monotonic()
                 groups = source.step(done)
                 sampled = time.monotonic()
-                metrics = group_metrics(groups) | self._update(trainer, source, groups)
-                policy.refresh()
+                metrics = group_metrics(groups) | ranks.update(self._samples(source, groups))
                 idle = 0 if any(group.has_spread for group in groups) else idle + 1
                 self._check_idle(idle, groups)
                 done += 1
@@ -227,21 +233,21 @@ class _Run:
                 speed = num_tokens / (time.monotonic() - began)
                 self.progress.tick(done, recipe.steps, f"steps, reward {metrics['reward_total']:.3f}, {speed:,.0f} tokens/s")
                 if done < recipe.steps and time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
-                    store.save(state(False))
+                    save()
                     last_saved = time.monotonic()
-        store.save(state(True))
+        save(finished=True)
         log.close()
-        policy.save(folder)
+        ranks.save_model(folder)
         took = round(seconds + time.monotonic() - started, 2)
         shown = {"first_reward": fmean(rewards[:SHOWN_STEPS]), "last_reward": fmean(rewards[-SHOWN_STEPS:])}
-        return {"steps": done, "updates": trainer.result.steps, "train_seconds": took, **shown, **self._evaluate(folder)}
+        return {"steps": done, "updates": ranks.num_updates, "train_seconds": took, **shown, **self._evaluate(folder)}
 
     def _parts(self, folder: Path, stack: ExitStack) -> list[RewardPart]:
         """What rewards beside the verifier. What others were asked is in a journal of its own."""
         recipe = self.recipe
         parts: list[RewardPart] = [*self.functions]
         if recipe.asks_others:
-            parts += model_parts(recipe, self._journalled(folder, stack))
+            parts += model_parts(recipe, self._journalled(folder, stack), self.ranks.shared_scorer)
         return parts if self.environment is None else [*parts, self.environment]
 
     def _journalled(self, folder: Path, stack: ExitStack) -> Journal:
@@ -252,21 +258,13 @@ class _Run:
             stack.callback(setattr, self.environment, "journal", None)
         return journal
 
-    def _update(self, trainer: Trainer, source: RolloutSource, groups: Sequence[Group]) -> dict[str, float]:
-        """Optimizer updates on the groups that have a spread, in equal shares; the metrics' means. Nothing without any."""
+    def _samples(self, source: RolloutSource, groups: Sequence[Group]) -> list[list[Rollout]]:
+        """Samples of the groups that have a spread, in equal shares for the step's updates. None without any."""
         recipe = self.recipe
         kept = source.trained(groups)
         kind = recipe.normalize or NORMALIZE[recipe.method]
         shares = [kept[i :: recipe.updates] for i in range(recipe.updates)]
-        samples = [normalized([r for group in share for r in source.samples(group)], kind, recipe.max_tokens) for share in shares if share]
-        precision, limit = recipe.training.precision, trainer.micro_batch_tokens
-
-        if recipe.updates > 1:  # by the trainer, before the first update
-            samples = [with_logprobs(self.policy.model, s, "old", precision=precision, micro_batch_tokens=limit) for s in samples]
-        if recipe.beta:
-            samples = [self.policy.with_reference(share, precision=precision, micro_batch_tokens=limit) for share in samples]
-        found = [trainer.step(share) for share in samples]
-        return {name: fmean(metrics[name] for metrics in found) for name in found[0]} if found else {}
+        return [normalized([r for group in share for r in source.samples(group)], kind, recipe.max_tokens) for share in shares if share]
 
     def _check_idle(self, idle: int, groups: Sequence[Group]) -> None:
         if idle < self.recipe.max_idle_steps:

@@ -4,8 +4,9 @@ Both see the reply behind the thinking. What an endpoint has said is in a journa
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 from gristmill.core.errors import InputError
 from gristmill.core.response_text import answer_text
@@ -19,7 +20,7 @@ from gristmill.generation.cached import BatchingClient, CachedClient, Client
 from gristmill.generation.endpoint import Endpoint, Target
 from gristmill.generation.settings import Calls, GeneratorSettings
 from gristmill.judge.backends import check_reward, rater_of, target_of
-from gristmill.judge.judges import gather_unfailed
+from gristmill.judge.judges import Scorer, gather_unfailed
 from gristmill.judge.pairwise import judge_prompt
 from gristmill.judge.reward_client import weight_set
 from gristmill.model.adapters import check_model_folder
@@ -41,11 +42,16 @@ def check_models(recipe: RlRecipe) -> None:
         Endpoint([_target(judge)])
 
 
-def model_parts(recipe: RlRecipe, journal: Journal) -> list[RewardPart]:
-    """The parts of a recipe's rewards that are models; what their endpoints say goes into the journal."""
+def model_parts(recipe: RlRecipe, journal: Journal, scorer: Callable[[Path], Scorer]) -> list[RewardPart]:
+    """The parts of a recipe's rewards that are models; what their endpoints say goes into the journal.
+
+    Args:
+        scorer: of a reward model in a folder.
+    """
     out: list[RewardPart] = []
     if (reward := recipe.rewards.reward_model) is not None:
-        out.append(RewardModelPart(reward, recipe.calls, journal, device=recipe.device))
+        own = None if reward.folder is None else scorer(reward.folder)
+        out.append(RewardModelPart(reward, recipe.calls, journal, device=recipe.device, scorer=own))
     if (judge := recipe.rewards.judge) is not None:
         out.append(JudgePart(judge, recipe.calls, journal, device=recipe.device))
     return out
@@ -56,9 +62,9 @@ class RewardModelPart:
 
     name = "reward_model"
 
-    def __init__(self, settings: RewardModel, calls: Calls, journal: Journal, *, device: str):
+    def __init__(self, settings: RewardModel, calls: Calls, journal: Journal, *, device: str, scorer: Scorer | None = None):
         self.weight, self._weights = settings.weight, weight_set(settings.weights)
-        self._rater = rater_of(settings, calls, journal, device=device, retry_failed=True)
+        self._rater = rater_of(settings, calls, journal, device=device, retry_failed=True, scorer=scorer)
 
     def rewards(self, prompts: Sequence[Prompt], answers: Sequence[Completion]) -> Values:
         """Scores of answers; of one that it cannot rate, why.

@@ -28,6 +28,7 @@ class Policy:
         start: folder of the model that the run starts from, which is the reference of the KL divergence too.
 
     Attributes:
+        device: where the model is.
         engine: samples; `refresh` makes it see what was trained.
         adapter: name of the adapter that its requests ask for; "" where all weights are trained.
 
@@ -36,7 +37,7 @@ class Policy:
     """
 
     def __init__(self, recipe: RlRecipe, start: Path, device: torch.device):
-        self._recipe, self._start, self._device = recipe, start, device
+        self._recipe, self._start, self.device = recipe, start, device
         lora = self._lora = recipe.training.lora
         if is_adapter(start):
             raise InputError(f"Merge the adapter first (`gristmill merge {start} --out DIR`), and train what it made: {start} is no model.")
@@ -74,15 +75,19 @@ class Policy:
             if self._lora is not None:
                 stack.enter_context(adapters_disabled())
             else:
-                self._reference = model = self._reference or load_model(self._start)[0].to(self._device)
+                self._reference = model = self._reference or load_model(self._start)[0].to(self.device)
             return with_logprobs(model, rollouts, "reference", precision=precision, micro_batch_tokens=micro_batch_tokens)
 
     def save(self, folder: Path) -> None:
-        """Write the model to `folder/model`, and an adapter, which is merged there, to `folder/adapter`; the engine has that model then."""
+        """Write the model to `folder/model`, and an adapter, which is merged there, to `folder/adapter`; see `take_saved`."""
         if self._lora is None:
             save_model(self.model, with_template_of(self.chat_format, self.tokenizer), folder / MODEL)
             return
         save_adapter(self.model, lora_config(self._lora), folder / ADAPTER, base=self._start, base_dtype=self._lora.base)
         merge_folder(folder / ADAPTER, folder / MODEL)
-        self.model = load_model(folder / MODEL)[0].to(self._device)
-        self.engine, self.adapter = self._engine(), ""
+
+    def take_saved(self, folder: Path) -> None:
+        """Answer as the model does that `save` has written: an adapter is merged there."""
+        if self._lora is not None:
+            self.model = load_model(folder / MODEL)[0].to(self.device)
+            self.engine, self.adapter = self._engine(), ""

@@ -15,7 +15,7 @@ from gristmill.train.settings import Lora
 from gristmill.workflows.alignment.recipe import BaseModelPath, EngineSettings
 
 Method = Literal["grpo", "dapo", "dr_grpo", "gspo", "rloo", "cispo"]
-LRS = ((20e6, 3e-4), (500e6, 1e-5), (3e9, 3e-6), (float("inf"), 1e-6))  # largest number of parameters -> learning rate
+LRS = ((20e6, 3e-4), (500e6, 4e-5), (3e9, 3e-6), (float("inf"), 1e-6))  # largest number of parameters -> learning rate
 NORMALIZE: dict[str, Normalize] = {name: found["normalize"] for name, found in METHODS.items()}
 PARTS = ("total", "right", "form", "overlong", "reward_model", "judge", "environment")  # of the reward, beside functions
 ADVANTAGE: dict[str, Advantage] = {name: found["advantage"] for name, found in METHODS.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gristmill.data.rows import Prompt
-from gristmill.generation.api import Completion, Request, SamplingParams
+from gristmill.generation.api import Completion, Generator, Request, SamplingParams
 from gristmill.runs.journal import Journal
 from gristmill.train.batches import Rollout
 from gristmill.train.objectives.policy_gradient import group_advantages
@@ -50,6 +50,7 @@ class RolloutSource:
         policy: samples from the weights that are trained.
         journal: of answers, which are there before their rewards, and of rewards.
         order: places of the prompts of all steps; none: shuffles of all of them, one after another.
+        sampler: what answers with the policy's weights; default its engine.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class RolloutSource:
         journal: Journal,
         *,
         order: Sequence[int] = (),
+        sampler: Generator | None = None,
     ):
         self._recipe, self._prompts, self._policy, self._rewarder, self._journal = recipe, prompts, policy, rewarder, journal
-        self._given = order
+        self._given, self._sampler = order, sampler
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))  # the latest epoch and its shuffle
 
     def step(self, step: int) -> list[Group]:
@@ -89,7 +91,7 @@ class RolloutSource:
         requests = [Request(name, p.messages, sampling, recipe.seed, adapter=self._policy.adapter) for name, p in chosen.items()]
         if any(request.id not in self._journal for request in requests):
             # All of them again after a kill: in a smaller batch the last digits of sums may differ. What is in the journal stays.
-            for request, completions in self._policy.engine.generate(requests):
+            for request, completions in (self._sampler or self._policy.engine).generate(requests):
                 if request.id not in self._journal:
                     asked, out = chosen[request.id], [_written(completion) for completion in completions]
                     question = asked.messages[-1].content
