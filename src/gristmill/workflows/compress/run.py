@@ -67,6 +67,7 @@ from gristmill.workflows.train import MODEL, distillation_from
 EVALUATION, MEASURED, TRAIN, TEACHER = "evaluation.jsonl", "measured.jsonl", "train", "teacher"
 PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
 MIN_PROMPTS = 20  # with known answers, under which accuracies are noise
+WORLD_PROMPTS = 40_000  # drawn of a world; of the miniature about half are different
 NUM_RANDOM = 2  # random architectures that are measured beside the search's
 CHECKPOINT_SECONDS = 20.0
 
@@ -415,7 +416,7 @@ def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
     data = recipe.data
     if recipe.world is not None:
         source = MiniatureSource(HumanData(num_evaluation=data.num_evaluation), recipe.seed)
-        return source.prompts(), source.evaluation()
+        return source.drawn(WORLD_PROMPTS), source.evaluation()
     prompts = [] if data.prompts is None else read_prompts(data.prompts, "file")
     evaluation = [] if data.evaluation is None else read_prompts(data.evaluation, "human", truth=True)
     if data.prompts is not None and not prompts:
