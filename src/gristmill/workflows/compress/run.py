@@ -56,7 +56,7 @@ from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.top_logprobs import check_top_k
 from gristmill.train.trainer import Trainer, TrainSettings
-from gristmill.workflows.alarms import not_distilled, slower_than_asked
+from gristmill.workflows.alarms import learned_by_heart, not_distilled, slower_than_asked
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
@@ -351,8 +351,11 @@ class _Run:
         result = trainer.fit(samples)
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
         after = self.reference.distance(child.model)
+        known = pieces_of(self.text.train[: len(self.text.validation)], PIECE_TOKENS, self.device)
+        kl_trained_on = Reference(self.parent, known).distance(child.model).kl
         told = {"steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2)}
-        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers), **fusion}
+        kl = {"kl_before": before.kl, "kl": after.kl, "kl_trained_on": kl_trained_on}
+        return {**told, **kl, "lm_loss": after.lm_loss, "layers": list(child.layers), **fusion}
 
     def _measure_child(self, folder: Path, child: Stage) -> dict[str, Any]:
         def load() -> Transformer:
@@ -385,6 +388,7 @@ class _Run:
         speed, summary = measured["speed"]["median"], child.summary
         alarms = slower_than_asked(child.folder.name, speed, self.recipe.target.speed)
         alarms += not_distilled(child.folder.name, summary["kl_before"], summary["kl"])
+        alarms += learned_by_heart(child.folder.name, summary.get("kl_trained_on", summary["kl"]), summary["kl"])
         return {
             "compress": {
                 "target": found["target"],
