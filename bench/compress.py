@@ -82,7 +82,7 @@ def text(run: Run, target: str, steps: int, precision: str) -> bool:
     reference, recipe, found = Reference(run.parent, run.pieces), run.recipe, []
     scored = {sample.id for sample in run.text.validation}
     fresh = [prompt for prompt in run.prompts if normalize_prompt(prompt.messages) not in scored]
-    wanted = recipe.calibration.model_copy(update={"tokens": steps * BATCH * 70, "validation_tokens": 0})
+    wanted = recipe.calibration.model_copy(update={"tokens": steps * BATCH * 80, "validation_tokens": 0})
     for num_prompts in (1000, len(fresh)):
         with tempfile.TemporaryDirectory() as folder:
             samples = run.answer(fresh[:num_prompts], wanted, Path(folder))[: steps * BATCH]
