@@ -1,7 +1,12 @@
-"""Compression's choices compared on a finished compression of a model of the miniature: losses of distillation, and FFN Fusion.
+"""Compression's choices compared on a finished compression of a model of the miniature: text and losses of distillation, and FFN Fusion.
 
+    PYTHONPATH=src python bench/compress.py text runs/miniature-compress --target 1.3x --steps 400
     PYTHONPATH=src python bench/compress.py losses runs/miniature-compress --target 1.5x --steps 120 --seeds 3
     PYTHONPATH=src python bench/compress.py fusion runs/miniature-compress
+
+text: the child that the search of this target chose is distilled for so many steps, on answers to 1,000 prompts that are asked again and
+again, and on as many answers to different prompts. KL(parent || child) on what it was trained on, and on the run's validation text.
+Exits 1 where more prompts are no better.
 
 losses: the child that the search of this target chose begins from the library's weights and is distilled on the run's text, by each loss
 with each seed, which decides the order of the text. KL(parent || child) and cross-entropy are on the run's validation text. Exits 1 where
@@ -16,6 +21,8 @@ Prints JSON.
 import argparse
 import json
 import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,12 +43,15 @@ from gristmill.miniature.source import MiniatureSource
 from gristmill.model.hf import load_model
 from gristmill.runs.reader import read_run
 from gristmill.train.trainer import Trainer, TrainSettings
+from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.compress.recipe import CompressionRecipe
+from gristmill.workflows.compress.run import WORLD_PROMPTS
 from gristmill.workflows.compress.text import CalibrationText, answer_samples
 from gristmill.workflows.train import load_teacher
 
 LOSSES = ("cosine+kl", "kl", "cosine+kl+lm", "lm")
 CPU = torch.device("cpu")
+BATCH = 32
 
 
 class Run:
@@ -53,9 +63,10 @@ class Run:
         self.parent, tokenizer = load_model(Path(self.recipe.model))
         self.parent.requires_grad_(False)
         engine = Engine(self.parent, tokenizer, find_format("auto", tokenizer), name="parent")
-        prompts = MiniatureSource(HumanData(), self.recipe.seed).prompts()
+        self.prompts = MiniatureSource(HumanData(), self.recipe.seed).drawn(WORLD_PROMPTS)
+        self.answer = partial(answer_samples, engine, progress=Progress(quiet=True), seed=self.recipe.seed)
         text = folder / self.stages["text"]["folder"]  # whose journal has all answers
-        samples = answer_samples(engine, prompts, self.recipe.calibration, text, Progress(quiet=True), self.recipe.seed)
+        samples = self.answer(self.prompts, self.recipe.calibration, text)
         self.text = CalibrationText.of(samples, self.recipe.calibration, self.recipe.seed)
         self.pieces = pieces_of(self.text.validation, 4096, CPU)
         self.library = Library(self.parent, folder / self.stages["library"]["folder"])
@@ -67,6 +78,27 @@ class Run:
         return [Choice(**one) for one in layers]
 
 
+def text(run: Run, target: str, steps: int, precision: str) -> bool:
+    reference, recipe, found = Reference(run.parent, run.pieces), run.recipe, []
+    scored = {sample.id for sample in run.text.validation}
+    fresh = [prompt for prompt in run.prompts if normalize_prompt(prompt.messages) not in scored]
+    wanted = recipe.calibration.model_copy(update={"tokens": steps * BATCH * 80, "validation_tokens": 0})
+    for num_prompts in (1000, len(fresh)):
+        with tempfile.TemporaryDirectory() as folder:
+            samples = run.answer(fresh[:num_prompts], wanted, Path(folder))[: steps * BATCH]
+        child = make_child(run.library, run.chosen(target))
+        objective = load_teacher(Path(recipe.model), "cosine+kl", child.model.config, precision=precision, device=CPU, layers=child.layers)
+        settings = TrainSettings(lr=recipe.distillation.lr, batch_size=BATCH, weight_decay=0.0, steps=steps, precision=precision)
+        Trainer(child.model, objective, settings).fit(samples)
+        trained_on = Reference(run.parent, pieces_of(samples[: len(run.text.validation)], 4096, CPU))
+        kl = {"trained on": trained_on.distance(child.model).kl, "held out": reference.distance(child.model).kl}
+        tokens = sum(sample.num_tokens for sample in samples)
+        found.append({"prompts": len({sample.id for sample in samples}), "tokens": tokens, "kl": kl})
+        print(found[-1], file=sys.stderr)
+    print(json.dumps({"steps": steps, "texts": found}, indent=1))
+    return bool(found[1]["kl"]["held out"] < found[0]["kl"]["held out"])
+
+
 def losses(run: Run, target: str, steps: int, seeds: int, precision: str) -> bool:
     reference, recipe = Reference(run.parent, run.pieces), run.recipe
     found: dict[str, list[dict[str, float]]] = {loss: [] for loss in LOSSES}
@@ -75,7 +107,7 @@ def losses(run: Run, target: str, steps: int, seeds: int, precision: str) -> boo
             child = make_child(run.library, run.chosen(target))
             model = child.model
             objective = load_teacher(Path(recipe.model), loss, model.config, precision=precision, device=CPU, layers=child.layers)
-            options: dict[str, Any] = {"lr": recipe.distillation.lr, "batch_size": 32, "weight_decay": 0.0}
+            options: dict[str, Any] = {"lr": recipe.distillation.lr, "batch_size": BATCH, "weight_decay": 0.0}
             Trainer(model, objective, TrainSettings(**options, steps=steps, precision=precision, seed=seed)).fit(run.text.train)
             distance = reference.distance(model)
             found[loss].append({"seed": seed, "kl": round(distance.kl, 5), "lm_loss": round(distance.lm_loss, 5)})
@@ -109,17 +141,21 @@ def fusion(run: Run) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["losses", "fusion"])
+    parser.add_argument("what", choices=["text", "losses", "fusion"])
     parser.add_argument("run", type=Path, help="folder of a finished compression of a model of the miniature")
-    parser.add_argument("--target", default="1.5x", help="losses: whose chosen child is distilled")
+    parser.add_argument("--target", default="1.5x", help="text, losses: whose chosen child is distilled")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", default="bf16")
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = Run(args.run)
-    as_expected = fusion(run) if args.what == "fusion" else losses(run, args.target, args.steps, args.seeds, args.precision)
-    sys.exit(not as_expected)
+    what = {
+        "text": lambda: text(run, args.target, args.steps, args.precision),
+        "losses": lambda: losses(run, args.target, args.steps, args.seeds, args.precision),
+        "fusion": lambda: fusion(run),
+    }
+    sys.exit(not what[args.what]())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The world as the source of a run: amounts, ids, and what another seed changes."""
 
+from collections import Counter
+
 import pytest
 
 from gristmill.core.errors import InputError
@@ -32,6 +34,15 @@ def test_another_seed_draws_other_people_but_asks_the_same(source: MiniatureSour
     assert source.demonstrations() == MiniatureSource(DATA, 0).demonstrations() != other.demonstrations()
     assert {d.id for d in source.demonstrations()}.isdisjoint(d.id for d in other.demonstrations())
     assert source.evaluation() == other.evaluation() and source.world == other.world
+
+
+def test_drawn_prompts_are_different_and_none_is_held_out(source: MiniatureSource) -> None:
+    """As many draws of every task; of facts the world soon has no others."""
+    drawn = source.drawn(2000)
+    texts = [normalize_prompt(p.messages) for p in drawn]
+    assert len(set(texts)) == len({p.id for p in drawn}) == len(drawn) and all(source.world.allowed(p.messages) for p in drawn)
+    counts = Counter(p.task for p in drawn)
+    assert max(counts.values()) <= 400 and counts["facts"] < 0.95 * counts["sums"] and counts["sums"] > 390
 
 
 def test_every_evaluation_prompt_has_a_truth(source: MiniatureSource) -> None:

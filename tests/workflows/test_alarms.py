@@ -3,7 +3,7 @@
 import pytest
 
 from gristmill.train.settings import Training
-from gristmill.workflows.alarms import few_steps, few_updates, not_distilled, slower_than_asked, worse_on
+from gristmill.workflows.alarms import few_steps, few_updates, learned_by_heart, not_distilled, slower_than_asked, worse_on
 
 GAPS = Training.model_construct(steps=None, epochs=None, batch_size=None)
 
@@ -35,6 +35,11 @@ def test_a_child_slower_than_asked(speed: float, alarms: bool) -> None:
 @pytest.mark.parametrize(("after", "alarms"), [(0.1, False), (0.5, True), (0.9, True), (float("nan"), True)])
 def test_a_distillation_that_brought_nothing(after: float, alarms: bool) -> None:
     assert ("KL 0.5" in text(not_distilled("child", 0.5, after))) == alarms
+
+
+@pytest.mark.parametrize(("held_out", "alarms"), [(0.01, False), (0.03, False), (0.031, True)])
+def test_a_child_that_knows_its_text_by_heart(held_out: float, alarms: bool) -> None:
+    assert ("Give it more different prompts" in text(learned_by_heart("child", 0.01, held_out))) == alarms
 
 
 def test_a_model_worse_by_more_than_chance() -> None:

@@ -192,6 +192,13 @@ def collected(world: World, num: int, seed: int) -> list[Problem]:
     return list(out.values())
 
 
+def drawn(world: World, num: int, seed: int) -> list[Problem]:
+    """The different ones of `num` draws, as many draws of each task."""
+    rng = random.Random(f"drawn-{seed}")
+    problems = [world.draw(rng, TASKS[i % len(TASKS)]) for i in range(num)]
+    return list({problem.messages: problem for problem in problems}.values())
+
+
 def evaluation(world: World, num_per_task: int) -> list[dict[str, Any]]:
     """Held-out prompts with their truths: rows with `task`, `messages` and `truth`."""
     return [

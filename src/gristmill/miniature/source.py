@@ -1,5 +1,6 @@
 """Data source of the miniature world, for alignment runs."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -8,6 +9,7 @@ from gristmill.data.chat import Conversation, conversation
 from gristmill.data.human import HumanData
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Prompt, Rated, make_id
 from gristmill.miniature import code, facts, followups, human, lists, sums
+from gristmill.miniature.problem import Problem
 from gristmill.miniature.world import HELD_OUT_PER_TASK, TASKS, World
 
 # Beyond these the world has too few different questions about facts.
@@ -60,9 +62,15 @@ class MiniatureSource:
 
     @cached_property
     def _prompts(self) -> list[Prompt]:
-        problems = human.collected(self.world, self._num["num_prompts"], self._seed)
+        return self._asked("collected", human.collected(self.world, self._num["num_prompts"], self._seed))
+
+    def drawn(self, num: int) -> list[Prompt]:
+        """The different prompts of `num` draws, which may be more than the world has different ones of each task."""
+        return self._asked("drawn", human.drawn(self.world, num, self._seed))
+
+    def _asked(self, origin: str, problems: Sequence[Problem]) -> list[Prompt]:
         return [
-            Prompt(make_id("collected", self._seed, i), p.task, p.messages, "file", (), self.truth(p.task, p.messages))
+            Prompt(make_id(origin, self._seed, i), p.task, p.messages, "file", (), self.truth(p.task, p.messages))
             for i, p in enumerate(problems)
         ]
 

@@ -8,6 +8,7 @@ from gristmill.train.settings import MIN_STEPS, Training
 
 Alarm = dict[str, str]  # stage, and one text that says what, why and what to change
 SPEED_NOISE = 0.05
+BY_HEART = 3  # times the KL on text that was trained on: with enough prompts 1.3 to 2 were seen, with few 5 and 9 (docs/lab.md)
 MIN_WORSE = 3  # documents or rows: that fewer turn out worse may be chance, whatever their interval
 
 
@@ -117,6 +118,17 @@ def not_distilled(stage: str, before: float, after: float) -> list[Alarm]:
     text = (
         f"{stage} is as far from its parent after the distillation as before it (KL {before:.3g}, then {after:.3g} nats a token). "
         "To change it, lower distillation.lr, or give it more steps or text."
+    )
+    return [{"stage": stage, "text": text}]
+
+
+def learned_by_heart(stage: str, trained_on: float, held_out: float) -> list[Alarm]:
+    """A child much nearer to its parent on the text that it was distilled on than on other text."""
+    if held_out <= BY_HEART * trained_on:
+        return []
+    text = (
+        f"{stage} knows its text by heart: KL from the parent is {trained_on:.3g} nats a token on text that it was distilled on, and "
+        f"{held_out:.3g} on other text. Give it more different prompts or documents; more answers to the same prompts help little."
     )
     return [{"stage": stage, "text": text}]
 

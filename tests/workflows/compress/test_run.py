@@ -173,6 +173,7 @@ def test_a_run_says_what_the_child_comes_to(calm: Path) -> None:
     for one in data.results["children"]:
         assert one["predicted"]["speed"] == pytest.approx(one["measured"]["median"])
         assert one["measured"]["median"] >= one["target"] - 1e-9
+    assert 0 < data.stages[6]["kl_trained_on"] < found["kl_before"]
     assert "KL from the parent" in stage_line(data.stages[6]) and "parent's speed" in stage_line(data.stages[7])
 
 

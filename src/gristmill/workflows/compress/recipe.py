@@ -23,7 +23,7 @@ class CompressionData(Section):
 class Calibration(Section):
     """The text of blockwise distillation, scores and global distillation."""
 
-    tokens: int = Field(192_000, gt=0, description="in all; prompts are asked again until there are so many")
+    tokens: int = Field(1_000_000, gt=0, description="in all; prompts are asked again until there are so many")
     block_tokens: int = Field(64_000, gt=0, description="of them, for blockwise distillation")
     validation_tokens: int = Field(8_000, gt=0, description="besides, for scores and KL")
     max_tokens: int = Field(80, gt=0, description="longest answer")
@@ -113,7 +113,7 @@ class CompressionRecipe(Recipe):
     fusion_limit: float = Field(
         0.1, gt=0, le=2, description="largest dependency (cosine distance) of one fused MLP on another; 2 fuses all of a run"
     )
-    distillation: DistillationTraining = DistillationTraining(steps=400, batch_size=32, weight_decay=0.0)
+    distillation: DistillationTraining = DistillationTraining(epochs=1, batch_size=32, weight_decay=0.0)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -56,7 +56,7 @@ from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.top_logprobs import check_top_k
 from gristmill.train.trainer import Trainer, TrainSettings
-from gristmill.workflows.alarms import not_distilled, slower_than_asked
+from gristmill.workflows.alarms import learned_by_heart, not_distilled, slower_than_asked
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
@@ -67,6 +67,7 @@ from gristmill.workflows.train import MODEL, distillation_from
 EVALUATION, MEASURED, TRAIN, TEACHER = "evaluation.jsonl", "measured.jsonl", "train", "teacher"
 PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
 MIN_PROMPTS = 20  # with known answers, under which accuracies are noise
+WORLD_PROMPTS = 40_000  # drawn of a world; of the miniature about half are different
 NUM_RANDOM = 2  # random architectures that are measured beside the search's
 CHECKPOINT_SECONDS = 20.0
 
@@ -350,8 +351,11 @@ class _Run:
         result = trainer.fit(samples)
         save_model(child.model, with_template_of(self.format, self.tokenizer), folder / MODEL)
         after = self.reference.distance(child.model)
+        known = pieces_of(self.text.train[: len(self.text.validation)], PIECE_TOKENS, self.device)
+        kl_trained_on = Reference(self.parent, known).distance(child.model).kl
         told = {"steps": result.steps, "tokens": result.tokens, "train_seconds": round(result.seconds, 2)}
-        return {**told, "kl_before": before.kl, "kl": after.kl, "lm_loss": after.lm_loss, "layers": list(child.layers), **fusion}
+        kl = {"kl_before": before.kl, "kl": after.kl, "kl_trained_on": kl_trained_on}
+        return {**told, **kl, "lm_loss": after.lm_loss, "layers": list(child.layers), **fusion}
 
     def _measure_child(self, folder: Path, child: Stage) -> dict[str, Any]:
         def load() -> Transformer:
@@ -384,6 +388,7 @@ class _Run:
         speed, summary = measured["speed"]["median"], child.summary
         alarms = slower_than_asked(child.folder.name, speed, self.recipe.target.speed)
         alarms += not_distilled(child.folder.name, summary["kl_before"], summary["kl"])
+        alarms += learned_by_heart(child.folder.name, summary.get("kl_trained_on", summary["kl"]), summary["kl"])
         return {
             "compress": {
                 "target": found["target"],
@@ -415,7 +420,7 @@ def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
     data = recipe.data
     if recipe.world is not None:
         source = MiniatureSource(HumanData(num_evaluation=data.num_evaluation), recipe.seed)
-        return source.prompts(), source.evaluation()
+        return source.drawn(WORLD_PROMPTS), source.evaluation()
     prompts = [] if data.prompts is None else read_prompts(data.prompts, "file")
     evaluation = [] if data.evaluation is None else read_prompts(data.evaluation, "human", truth=True)
     if data.prompts is not None and not prompts:

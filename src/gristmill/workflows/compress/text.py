@@ -3,6 +3,7 @@
 A model is distilled on text of its use, or it forgets that first.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from gristmill.workflows.pretrain import read_documents
 ANSWERS = "answers.jsonl"
 MIN_TOKENS, MIN_TEXTS = 2000, 4  # of the calibration text, under which scores are noise
 MAX_PASSES = 64  # over the prompts
-AT_ONCE = 1024  # prompts that are answered together
+AT_ONCE = 1024  # prompts that are answered together, after which tokens are counted
 
 
 @dataclass(frozen=True)
@@ -75,25 +76,25 @@ def _reaching(samples: Sequence[Sample], tokens: int) -> int:
 def answer_samples(
     engine: Engine, prompts: Sequence[Prompt], wanted: Calibration, folder: Path, progress: Progress, seed: int
 ) -> list[Sample]:
-    """The model's own answers to prompts, which are asked again, with other answers, until there are enough tokens. They are journalled.
+    """The model's own answers to prompts in a random order, asked again, with other answers, until there are enough tokens. They are
+    journalled.
 
     The `id` of each is its prompt's text.
     """
     sampling = SamplingParams(temperature=1.0, max_tokens=wanted.max_tokens)
     total = wanted.tokens + wanted.validation_tokens
-    asked = [engine.chat_format.render_prompt(prompt.messages, engine.tokenizer) for prompt in prompts]
-    texts = [normalize_prompt(prompt.messages) for prompt in prompts]
+    order = np.random.default_rng(seed).permutation(len(prompts)).tolist()  # the first of a file are often of one kind
     samples: list[Sample] = []
     count = 0
     with Journal(folder / ANSWERS) as journal:
-        for number in range(MAX_PASSES):
-            names = [f"{number}-{i}-{prompt.id}" for i, prompt in enumerate(prompts)]
-            requests = [Request(name, p.messages, sampling, seed) for name, p in zip(names, prompts, strict=True)]
-            for start in range(0, len(requests), AT_ONCE):
-                _answer(engine, requests[start : start + AT_ONCE], journal, progress)
-            for name, prompt, text in zip(names, asked, texts, strict=True):
-                tokens = journal[name]["tokens"]
-                samples.append(Sample([*prompt, *tokens], [False] * len(prompt) + [True] * len(tokens), text))
+        for number, start in itertools.product(range(MAX_PASSES), range(0, len(order), AT_ONCE)):
+            asked = [(i, prompts[i]) for i in order[start : start + AT_ONCE]]
+            requests = [Request(f"{number}-{i}-{prompt.id}", prompt.messages, sampling, seed) for i, prompt in asked]
+            _answer(engine, requests, journal, progress)
+            for request in requests:
+                prompt_tokens = engine.chat_format.render_prompt(request.messages, engine.tokenizer)
+                tokens, text = journal[request.id]["tokens"], normalize_prompt(request.messages)
+                samples.append(Sample([*prompt_tokens, *tokens], [False] * len(prompt_tokens) + [True] * len(tokens), text))
                 count += samples[-1].num_tokens
             if count >= total:
                 break
