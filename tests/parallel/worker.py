@@ -120,7 +120,8 @@ def gradients_of(model: nn.Module, objective: Objective, samples: list[AnySample
     trainer._collated_alike = lambda items: steps.append(collated(items)) or steps[-1]  # type: ignore[method-assign, func-returns-value]
 
     def keep(*_: Any, **__: Any) -> None:
-        own = {f"gradient|{name}": p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+        own = {f"gradient|{name}": grad.to_dense() if grad.is_sparse else grad for name, grad in grads.items()}
         gathered = own.items() if trainer._sharded is None else trainer._sharded.gathered(own)
         found.update({name.split("|")[1]: gradient.clone() for name, gradient in gathered})
         if isinstance(trainer.model, Pipeline) and mesh.size == mesh.dims.pp and not alone_config(alone).tie_embeddings:
@@ -370,7 +371,12 @@ def rl(mesh: Mesh, out: Path, *, recipe: str) -> None:
 
 
 def arm(moment: str, step: int) -> None:
-    """Let this process end, or stop, when its training gets there."""
+    """Let this process end, or stop, when its training gets there; or see no trained model ("elsewhere")."""
+    if moment == "elsewhere":
+        from gristmill.workflows.rl import policy
+
+        before(policy.Policy, "take_saved", lambda: setattr(policy, "MODEL", "elsewhere"))
+        return
     sign = signal.SIGSTOP if moment == "stop" else signal.SIGKILL
     module, _, called = moment.rpartition(".")  # of a moment that is the name of a function
     begun: list[int] = []

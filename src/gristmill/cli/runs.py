@@ -143,10 +143,11 @@ def _finish(
     from gristmill.report.summary import stage_line
     from gristmill.runs.reader import read_run
 
-    if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not shared and not is_alone:
         raise InputError("This kind of run has one process: start it without torchrun.")
     folder = out or Path("runs") / "-".join([name, *([f"seed{seed}"] if seed is not None else [])])
-    talks = os.environ.get("RANK", "0") == "0"
+    talks = is_alone or os.environ.get("RANK", "0") == "0"
     with Progress(quiet=quiet or not talks, describe=stage_line) as progress:
         results = start(folder, progress)
     if not talks:

@@ -141,6 +141,7 @@ def _rows_of(parameter: nn.Parameter) -> tuple[int | None, int, int]:
     if grad is None or not grad.is_sparse:
         return None, 0, 0
     rows = grad.indices()[0]
+    assert len(rows), "null would stand for all rows"
     return rows.data_ptr(), len(rows), parameter.shape[1]
 
 

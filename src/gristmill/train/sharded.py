@@ -66,7 +66,7 @@ class ShardedModel:
         local: what this process trains.
         skeleton: the whole model without memory for its weights.
         started_from: fingerprint of the whole model as it was.
-        is_replicated: whether the processes that share out samples have the same tensors: an adapter's, or those of a small model.
+        is_replicated: whether processes that share out samples have the same tensors: an adapter's, those of a small model, or by choice.
         is_padded: whether a parameter has rows that fill it up, which another mesh does not have.
 
     Raises:

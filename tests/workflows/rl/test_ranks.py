@@ -118,6 +118,14 @@ def test_a_kill_of_either_process_changes_no_weight_and_no_metric(tiny_base: Pat
     assert len(ids) == len(set(ids)) == (4 + 1) * 3, "nothing is sampled or judged twice"
 
 
+def test_a_process_that_cannot_read_the_trained_model_ends_all(tiny_base: Path, tmp_path: Path) -> None:
+    """It would answer as the model did before."""
+    recipe, out = make(tmp_path, tiny_base, **LORA | {"steps": 1}), tmp_path / "run"
+    (ended,) = start(recipe, (2, out, {"rank": 1, "moment": "elsewhere", "step": 0}))
+    assert ended["codes"][0] == 3 and "model" in ended["said"][0] and ended["codes"][1] != 0
+    assert not (out / "results.json").exists()
+
+
 def test_the_first_process_alone_talks(tiny_base: Path, tmp_path: Path) -> None:
     recipe, launcher = make(tmp_path, tiny_base, steps=1), ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [sys.executable, *launcher, "-m", "gristmill", "rl", str(recipe), "--out", str(tmp_path / "run"), "--json", "--quiet"]

@@ -56,7 +56,7 @@ from gristmill.train.batches import Sample, fingerprint_samples
 from gristmill.train.by_size import fill
 from gristmill.train.top_logprobs import check_top_k
 from gristmill.train.trainer import Trainer, TrainSettings
-from gristmill.workflows.alarms import learned_by_heart, not_distilled, slower_than_asked
+from gristmill.workflows.alarms import few_steps, learned_by_heart, not_distilled, slower_than_asked
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.answers import journalled
 from gristmill.workflows.compress.recipe import CompressionRecipe
@@ -387,6 +387,7 @@ class _Run:
         sizes = {"parent": num_parameters(self.parent.config), "child": measured["parameters"]}
         speed, summary = measured["speed"]["median"], child.summary
         alarms = slower_than_asked(child.folder.name, speed, self.recipe.target.speed)
+        alarms += few_steps(child.folder.name, summary["steps"], stages[0].summary["num_samples"], settings=self.recipe.distillation)
         alarms += not_distilled(child.folder.name, summary["kl_before"], summary["kl"])
         alarms += learned_by_heart(child.folder.name, summary.get("kl_trained_on", summary["kl"]), summary["kl"])
         return {

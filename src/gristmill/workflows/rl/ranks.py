@@ -79,7 +79,7 @@ class RlRanks(Ranks):
     def save_model(self, folder: Path) -> None:
         """Write the trained model (`Policy.save`), which is the one that answers from then on."""
         self._policy.save(folder)
-        self._all({"job": "take", "folder": str(folder)}, partial(self._policy.take_saved, folder))
+        self._all({"job": "take", "folder": str(folder)}, partial(self._take, folder))
 
     def _all(self, order: dict[str, Any], work: Callable[[], Any]) -> Any:
         if self.mesh.size == 1:
@@ -96,7 +96,7 @@ class RlRanks(Ranks):
             elif order["job"] == "update":
                 self._update([[_rollout(plain) for plain in share] for share in order["shares"]])
             elif order["job"] == "take":
-                self._policy.take_saved(Path(order["folder"]))
+                self._take(Path(order["folder"]))
             else:
                 super()._do(order)
 
@@ -118,6 +118,10 @@ class RlRanks(Ranks):
             record_micro_batch(folder, trainer.micro_batch_tokens)
         policy.refresh()
         return saved
+
+    def _take(self, folder: Path) -> None:
+        """Answer as the model that was written: where one process cannot read it, none goes on."""
+        self._exchange(partial(self._policy.take_saved, folder))
 
     def _update(self, shares: Sequence[list[Rollout]]) -> dict[str, float]:
         assert self._trainer is not None
