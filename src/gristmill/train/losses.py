@@ -131,13 +131,62 @@ def _add_onehot(grad_SV: Tensor, targets_S1: Tensor, values_S1: Tensor) -> Tenso
     return grad_SV.scatter_add_(1, targets_S1.clamp(min=0), values_S1.masked_fill(targets_S1 < 0, 0.0))
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[target] over the first ``num_rows`` rows.
+class _ChunkGradients:
+    """Gradients of a sum over rows of logits, made in the forward pass, chunk by chunk: the logits of one chunk are freed before the next
+    is made, and none is computed twice.
 
-    The gradient is made in the forward pass, chunk by chunk: the logits of one are freed before the next is
-    made, and none is computed twice. That of the last chunk's logits waits for the backward pass where the weight's is
-    added in place: nothing as large as the weight lies in between.
+    Where the weight's gradient is added in place, that of the last chunk's logits waits for the backward pass: nothing as large as
+    the weight lies in between.
+
+    Args:
+        into_VD: the weight, if its gradient is added in place.
+        step: rows of a chunk.
+        of_weight: whether the weight gets a gradient.
     """
+
+    def __init__(
+        self, hidden_RD: Tensor, weight_VD: Tensor, into_VD: Tensor | None, step: int, *, need_grad: bool, of_weight: bool
+    ) -> None:
+        self._hidden_RD, self._weight_VD, self._into_VD = hidden_RD, weight_VD, into_VD
+        self.grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
+        single = 0 < len(hidden_RD) <= step
+        has_sum = need_grad and (not single if into_VD is not None else of_weight)
+        self._grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if has_sum else None
+        self._last: tuple[Tensor, ...] = ()
+
+    def add(self, chunk: slice, grad_CV: Tensor) -> None:
+        """From the gradient of a chunk's logits."""
+        if self.grad_hidden_RD is None:
+            return
+        hidden_CD, waits = self._hidden_RD[chunk], self._into_VD is not None and chunk.stop == len(self._hidden_RD)
+        _add_products(grad_CV, self._weight_VD, hidden_CD, self.grad_hidden_RD[chunk], None if waits else self._grad_weight_VD)
+        self._last = (grad_CV, hidden_CD) if waits else ()
+
+    def save(self, ctx: Any) -> None:
+        """For `backward`."""
+        ctx.save_for_backward(self.grad_hidden_RD, self._grad_weight_VD, *self._last)
+        ctx.into_VD, ctx.weight_dtype = self._into_VD, self._weight_VD.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the states, and of the weight where it is not added in place."""
+        grad_hidden_RD, grad_weight_VD, *last = ctx.saved_tensors
+        grad_hidden_RD = grad_hidden_RD * grad.to(grad_hidden_RD.dtype)
+        if (into_VD := ctx.into_VD) is None:
+            if grad_weight_VD is not None:
+                grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
+            return grad_hidden_RD, grad_weight_VD
+        if grad_weight_VD is not None and into_VD.grad is not None:
+            fused.dense_gradient(into_VD).add_(grad_weight_VD, alpha=float(grad))
+        elif grad_weight_VD is not None:
+            into_VD.grad = grad_weight_VD.mul_(grad)
+        if last:
+            fused.add_gradient(into_VD, *last, factor=float(grad))
+        return grad_hidden_RD, None
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Sum of -log softmax(hidden @ weight.T)[target] over the first ``num_rows`` rows, with `_ChunkGradients`."""
 
     @staticmethod
     def forward(
@@ -152,18 +201,12 @@ class _CrossEntropySum(torch.autograd.Function):
         cap: float | None,
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
-        in_place = into_VD is not None
-        ctx.into_VD = into_VD
-        grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
         step = _chunk_rows(_width(weight_VD, shard))
-        single = 0 < len(hidden_RD) <= step
-        has_sum = need_grad and (not single if in_place else ctx.needs_input_grad[1])
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if has_sum else None
-        last: tuple[Tensor, ...] = ()
+        gradients = _ChunkGradients(hidden_RD, weight_VD, into_VD, step, need_grad=need_grad, of_weight=ctx.needs_input_grad[1])
         for chunk in _slices(len(hidden_RD), step):
-            hidden_CD, targets_C1 = hidden_RD[chunk], targets_R[chunk, None]
+            targets_C1 = targets_R[chunk, None]
             num_real = max(0, num_rows - chunk.start)  # those behind are padding
-            logits_CV = _logits(hidden_CD, weight_VD)  # the gradient takes their place
+            logits_CV = _logits(hidden_RD[chunk], weight_VD)  # the gradient takes their place
             statistics_C2 = fused.softmax_statistics(logits_CV) if cap is None else None
             compiled = statistics_C2 is not None
             if shard is not None:
@@ -187,34 +230,16 @@ class _CrossEntropySum(torch.autograd.Function):
                     _add_onehot(grad_SV, targets_S1, grad_SV.new_full(targets_S1.shape, -1.0))
                     grad_SV[real:] = 0.0
                     logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            grad_hidden_CD = None if grad_hidden_RD is None else grad_hidden_RD[chunk]
-            if in_place and chunk.stop == len(hidden_RD):
-                last = logits_CV, hidden_CD
-                _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_CD, None)
-            else:
-                _add_products(logits_CV, weight_VD, hidden_CD, grad_hidden_CD, grad_weight_VD)
-        if shard is not None and grad_hidden_RD is not None:
-            grad_hidden_RD = shard.group.sum(grad_hidden_RD)
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD, *last)
-        ctx.weight_dtype = weight_VD.dtype
+            gradients.add(chunk, logits_CV)
+        if shard is not None and gradients.grad_hidden_RD is not None:
+            gradients.grad_hidden_RD = shard.group.sum(gradients.grad_hidden_RD)
+        gradients.save(ctx)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_RD, grad_weight_VD, *last = ctx.saved_tensors
-        grad_hidden_RD = grad_hidden_RD * grad.to(grad_hidden_RD.dtype)
-        if (into_VD := ctx.into_VD) is None:
-            if grad_weight_VD is not None:
-                grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.weight_dtype)  # in place: a second backward pass is an error
-            return grad_hidden_RD, grad_weight_VD, None, None, None, None, None, None
-        if grad_weight_VD is not None and into_VD.grad is not None:
-            fused.dense_gradient(into_VD).add_(grad_weight_VD, alpha=float(grad))
-        elif grad_weight_VD is not None:
-            into_VD.grad = grad_weight_VD.mul_(grad)
-        if last:
-            fused.add_gradient(into_VD, *last, factor=float(grad))
-        return grad_hidden_RD, None, None, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_ChunkGradients.backward(ctx, grads[0]), *(None,) * 6
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -305,22 +330,31 @@ class _TokenLogprobs(torch.autograd.Function):
 def _prepare(
     hidden_RD: Tensor, weight: Tensor | VocabularyShard, targets_R: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, bool, VocabularyShard | None]:
-    """Rows padded to ROW_STEP; the weight in the states' type; the weight itself if its gradient is to be added in place; the targets;
-    whether a gradient is due; and the shard, if the weight is one: its targets are numbers of own rows then.
+    """As `_padded`; the targets, padded too; whether a gradient is due; and the shard, if the weight is one: its targets are numbers of own
+    rows then.
     """
     shard = weight if isinstance(weight, VocabularyShard) else None
     weight_VD = weight.weight_VD if isinstance(weight, VocabularyShard) else weight
     if shard is not None:
         targets_R = shard.targets(targets_R)
-    num_weights = weight_VD.shape[1] * _width(weight_VD, shard)
+    padded_RD, used_VD, into_VD = _padded(hidden_RD, weight_VD, _width(weight_VD, shard))
+    need_grad = _needs_grad(hidden_RD, weight_VD)
+    return padded_RD, used_VD, into_VD, F.pad(targets_R, (0, len(padded_RD) - len(targets_R))), need_grad, shard
+
+
+def _needs_grad(hidden_RD: Tensor, weight_VD: Tensor) -> bool:
+    return torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
+
+
+def _padded(hidden_RD: Tensor, weight_VD: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows padded to ROW_STEP; the weight in the states' type; and the weight itself if its gradient is to be added in place."""
+    num_weights = weight_VD.shape[1] * width
     on_cpu, dtype = hidden_RD.device.type == "cpu", hidden_RD.dtype
     unpadded = on_cpu and dtype == torch.float32 and num_weights >= UNPADDED_WEIGHTS
-    num_extra = 0 if unpadded else -len(hidden_RD) % min(ROW_STEP, _chunk_rows(_width(weight_VD, shard)))
-    need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
-    padded_RD, padded_R = F.pad(hidden_RD, (0, 0, 0, num_extra)), F.pad(targets_R, (0, num_extra))
+    num_extra = 0 if unpadded else -len(hidden_RD) % min(ROW_STEP, _chunk_rows(width))
     in_place = fused.accumulates(weight_VD) and (on_cpu or weight_VD.dtype == dtype)
     used_VD = fused.working_copy(weight_VD, dtype) if in_place else weight_VD.to(dtype)
-    return padded_RD, used_VD, weight_VD if in_place else None, padded_R, need_grad, shard
+    return F.pad(hidden_RD, (0, 0, 0, num_extra)), used_VD, weight_VD if in_place else None
 
 
 def cross_entropy_sum(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor, *, cap: float | None = None) -> tuple[Tensor, int]:
@@ -349,74 +383,90 @@ def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor
     return _TokenLogprobs.apply(*_prepare(hidden_RD, weight_VD, targets_R), cap)[:num_rows]
 
 
-# Of some rows of a chunk, from the log-probabilities of the student (which it may overwrite): the sum of KL(teacher || student), and its
-# gradient in the logits of the student if there shall be one.
-_KlOfRows = Callable[[slice, Tensor, bool], tuple[Tensor, Tensor | None]]
+# The sum of KL(teacher || student) over the rows of a chunk, of which so many are no padding, from the student's logits and their soft cap.
+# The gradient in the logits takes their place if there shall be one.
+_Teacher = Callable[[slice, Tensor, int, float | None, bool], Tensor]
 
 
 class _KlSum(torch.autograd.Function):
-    """Sum of KL(teacher || student) over rows. As of `_CrossEntropySum`, the gradient is made in the forward pass, chunk by chunk."""
+    """Sum of KL(teacher || student) over the first ``num_rows`` rows, with `_ChunkGradients`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden_RD: Tensor,
         weight_VD: Tensor,
-        cap: float | None,
-        teacher: Callable[[slice], _KlOfRows],
+        into_VD: Tensor | None,
+        num_rows: int,
         need_grad: bool,
+        cap: float | None,
+        teacher: _Teacher,
     ) -> Tensor:
         total = hidden_RD.new_zeros((), dtype=torch.float32)
-        grad_hidden_RD = torch.empty_like(hidden_RD) if need_grad else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if need_grad and ctx.needs_input_grad[1] else None
-        for chunk in _slices(len(hidden_RD), _chunk_rows(len(weight_VD))):
-            logits_CV, kl_of = _logits(hidden_RD[chunk], weight_VD), teacher(chunk)
-            for rows in _softmax_slices(logits_CV):
-                log_q_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
-                kl, grad_SV = kl_of(rows, log_q_SV, need_grad)
-                total += kl
-                if grad_SV is not None:
-                    logits_CV[rows] = grad_SV if slope_SV is None else grad_SV.mul_(slope_SV)
-            _add_products(logits_CV, weight_VD, hidden_RD[chunk], None if grad_hidden_RD is None else grad_hidden_RD[chunk], grad_weight_VD)
-        ctx.save_for_backward(grad_hidden_RD, grad_weight_VD)
+        step = _chunk_rows(len(weight_VD))
+        gradients = _ChunkGradients(hidden_RD, weight_VD, into_VD, step, need_grad=need_grad, of_weight=ctx.needs_input_grad[1])
+        for chunk in _slices(len(hidden_RD), step):
+            logits_CV = _logits(hidden_RD[chunk], weight_VD)
+            total += teacher(chunk, logits_CV, max(0, num_rows - chunk.start), cap, need_grad)
+            gradients.add(chunk, logits_CV)
+        gradients.save(ctx)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_RD, grad_weight_VD = ctx.saved_tensors
-        of_weight = None if grad_weight_VD is None else grad_weight_VD.mul_(grads[0]).to(grad_hidden_RD.dtype)
-        return grad_hidden_RD * grads[0].to(grad_hidden_RD.dtype), of_weight, None, None, None
+        return *_ChunkGradients.backward(ctx, grads[0]), *(None,) * 5
 
 
-def _whole_teacher(teacher_RE: Tensor, teacher_VE: Tensor, cap: float | None, chunk: slice) -> _KlOfRows:
+def _whole_teacher(
+    teacher_RE: Tensor,
+    teacher_VE: Tensor,
+    teacher_cap: float | None,
+    chunk: slice,
+    logits_CV: Tensor,
+    num_real: int,
+    cap: float | None,
+    keeps: bool,
+) -> Tensor:
     teacher_CV = _logits(teacher_RE[chunk], teacher_VE)
-
-    def kl_of(rows: slice, log_q_SV: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-        log_p_SV, _ = _log_softmax(teacher_CV[rows], cap)
+    if cap is None and teacher_cap is None and (kl_C := fused.kl_divergence(logits_CV, teacher_CV, num_real, keeps=keeps)) is not None:
+        return kl_C.sum()
+    total = teacher_RE.new_zeros((), dtype=torch.float32)
+    for rows in _softmax_slices(logits_CV):
+        real = max(0, num_real - rows.start)
+        (log_q_SV, slope_SV), (log_p_SV, _) = _log_softmax(logits_CV[rows], cap), _log_softmax(teacher_CV[rows], teacher_cap)
         p_SV = log_p_SV.exp()
-        kl = (p_SV * log_p_SV.sub_(log_q_SV)).sum()
-        return kl, log_q_SV.exp_().sub_(p_SV) if need_grad else None  # d KL / d logits = q - p
+        total += (p_SV * log_p_SV.sub_(log_q_SV))[:real].sum()
+        if keeps:  # d KL / d logits = q - p
+            _keep_gradient(logits_CV[rows], log_q_SV.exp_().sub_(p_SV), slope_SV, real)
+    return total
 
-    return kl_of
 
-
-def _top_of_teacher(ids_RK: Tensor, logprobs_RK: Tensor, chunk: slice) -> _KlOfRows:
+def _top_of_teacher(
+    ids_RK: Tensor, logprobs_RK: Tensor, chunk: slice, logits_CV: Tensor, num_real: int, cap: float | None, keeps: bool
+) -> Tensor:
     """Over K tokens of a teacher, and all others as one. In the gradient the teacher's rest is spread as the student's is."""
-
-    def kl_of(rows: slice, log_q_SV: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    total = logprobs_RK.new_zeros((), dtype=torch.float32)
+    for rows in _softmax_slices(logits_CV):
+        real = max(0, num_real - rows.start)
+        log_q_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
         ids_SK, log_p_SK = ids_RK[chunk][rows], logprobs_RK[chunk][rows]
         p_SK, log_q_SK = log_p_SK.exp(), log_q_SV.gather(1, ids_SK)
         rest_S1 = (1 - p_SK.sum(1, keepdim=True)).clamp_(min=0) * (ids_SK.shape[1] < log_q_SV.shape[1])
         student_rest_S1 = log_q_SV.scatter(1, ids_SK, -math.inf).logsumexp(1, keepdim=True)
         ratio_S1 = torch.where(rest_S1 > 0, rest_S1.log() - student_rest_S1, -math.inf)  # log (p / q) of the rest
-        kl = (p_SK * (log_p_SK - log_q_SK)).sum() + torch.where(rest_S1 > 0, rest_S1 * ratio_S1, 0.0).sum()
-        if not need_grad:
-            return kl, None
-        grad_SV = log_q_SV.exp() - log_q_SV.add_(ratio_S1).exp_()  # q - p, with p = rest * q / (q of the rest) outside
-        return kl, grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK)
+        of_rest_S1 = torch.where(rest_S1 > 0, rest_S1 * ratio_S1, 0.0)
+        total += (p_SK * (log_p_SK - log_q_SK))[:real].sum() + of_rest_S1[:real].sum()
+        if keeps:
+            grad_SV = log_q_SV.exp() - log_q_SV.add_(ratio_S1).exp_()  # q - p, with p = rest * q / (q of the rest) outside
+            _keep_gradient(logits_CV[rows], grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK), slope_SV, real)
+    return total
 
-    return kl_of
+
+def _keep_gradient(logits_SV: Tensor, grad_SV: Tensor, slope_SV: Tensor | None, num_real: int) -> None:
+    """Put the gradient of (capped) logits in their place; that of padding is none."""
+    grad_SV[num_real:] = 0.0
+    logits_SV.copy_(grad_SV if slope_SV is None else grad_SV.mul_(slope_SV))
 
 
 def kl_divergence_sum(
@@ -433,10 +483,10 @@ def kl_divergence_sum(
     Both are given by their states and output matrices, whose widths D and E may differ; `cap` and `teacher_cap` are soft caps of logits.
     Only the student gets a gradient. Memory as of `cross_entropy_sum`, twice.
     """
-    need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
     teacher_RE = teacher_RE.detach()
-    teacher = partial(_whole_teacher, teacher_RE, teacher_VE.detach().to(teacher_RE.dtype), teacher_cap)
-    return _KlSum.apply(hidden_RD, weight_VD.to(hidden_RD.dtype), cap, teacher, need_grad)
+    padded_RD, *weights = _padded(hidden_RD, weight_VD, len(weight_VD))
+    teacher = partial(_whole_teacher, _with_rows(teacher_RE, padded_RD), teacher_VE.detach().to(teacher_RE.dtype), teacher_cap)
+    return _KlSum.apply(padded_RD, *weights, len(hidden_RD), _needs_grad(hidden_RD, weight_VD), cap, teacher)
 
 
 def top_kl_divergence_sum(hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, logprobs_RK: Tensor, *, cap: float | None = None) -> Tensor:
@@ -445,8 +495,14 @@ def top_kl_divergence_sum(hidden_RD: Tensor, weight_VD: Tensor, ids_RK: Tensor, 
     All other tokens count as one, whose probability is what is left; so it is at most `kl_divergence_sum`, which it is where K is the
     vocabulary. Only the student gets a gradient.
     """
-    need_grad = torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)
-    return _KlSum.apply(hidden_RD, weight_VD.to(hidden_RD.dtype), cap, partial(_top_of_teacher, ids_RK, logprobs_RK), need_grad)
+    padded_RD, *weights = _padded(hidden_RD, weight_VD, len(weight_VD))
+    teacher = partial(_top_of_teacher, _with_rows(ids_RK, padded_RD), _with_rows(logprobs_RK, padded_RD))
+    return _KlSum.apply(padded_RD, *weights, len(hidden_RD), _needs_grad(hidden_RD, weight_VD), cap, teacher)
+
+
+def _with_rows(x_RX: Tensor, padded_RD: Tensor) -> Tensor:
+    """With as many rows as these have, zeros behind its own."""
+    return F.pad(x_RX, (0, 0, 0, len(padded_RD) - len(x_RX)))
 
 
 def masked_mse(scores_N5: Tensor, labels_N5: Tensor) -> tuple[Tensor, Tensor]:

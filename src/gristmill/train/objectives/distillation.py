@@ -5,10 +5,10 @@ Source: Puzzle (arXiv 2411.19146), global distillation: sum over layers of 1 - c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
 from gristmill.model.config import ModelConfig
@@ -17,6 +17,8 @@ from gristmill.train.batches import TokenBatch
 from gristmill.train.losses import cross_entropy_sum, kl_divergence_sum, top_kl_divergence_sum
 from gristmill.train.settings import DistillationLoss
 from gristmill.train.trainer import LossOutput
+
+MIN_LENGTH = 1e-8  # of a state, whose direction is none below
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,28 @@ def _cosine_sum(
 
     total = states[0].new_zeros((), dtype=torch.float32)
     for number, layer in enumerate(layers):
-        total = total + (1 - F.cosine_similarity(rows(states, number).float(), rows(teacher, layer).float(), dim=-1)).sum()
+        total = total + _CosineDistances.apply(rows(states, number), rows(teacher, layer))
     return total
+
+
+class _CosineDistances(torch.autograd.Function):
+    """Sum over rows [R, D] of 1 - cos(x, y), in fp32. As of the losses, the gradient in x is made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: torch.Tensor, y_RD: torch.Tensor) -> torch.Tensor:
+        x, y = x_RD.float(), y_RD.float()
+        lengths_R, other_R = (torch.linalg.vector_norm(z, dim=-1).clamp_(min=MIN_LENGTH) for z in (x, y))
+        cos_R = torch.linalg.vecdot(x, y) / (lengths_R * other_R)
+        if ctx.needs_input_grad[0]:  # d cos / d x = (y / |y| - cos x / |x|) / |x|
+            grad_RD = (x * (cos_R / lengths_R.square())[:, None]).addcmul_(y, (1 / (lengths_R * other_R))[:, None], value=-1)
+            ctx.save_for_backward(grad_RD.to(x_RD.dtype))
+        return (1 - cos_R).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (grad_RD,) = ctx.saved_tensors
+        return grad_RD * grads[0].to(grad_RD.dtype), None
 
 
 def paired_loss(
