@@ -45,7 +45,6 @@ from gristmill.runs.reader import read_run
 from gristmill.train.trainer import Trainer, TrainSettings
 from gristmill.workflows.alignment.source import normalize_prompt
 from gristmill.workflows.compress.recipe import CompressionRecipe
-from gristmill.workflows.compress.run import WORLD_PROMPTS
 from gristmill.workflows.compress.text import CalibrationText, answer_samples
 from gristmill.workflows.train import load_teacher
 
@@ -63,8 +62,9 @@ class Run:
         self.parent, tokenizer = load_model(Path(self.recipe.model))
         self.parent.requires_grad_(False)
         engine = Engine(self.parent, tokenizer, find_format("auto", tokenizer), name="parent")
-        self.prompts = MiniatureSource(HumanData(), self.recipe.seed).drawn(WORLD_PROMPTS)
-        self.answer = partial(answer_samples, engine, progress=Progress(quiet=True), seed=self.recipe.seed)
+        quiet = Progress(quiet=True)
+        self.prompts = MiniatureSource(HumanData(), self.recipe.seed).drawn(self.recipe.calibration.num_draws, quiet)
+        self.answer = partial(answer_samples, engine, progress=quiet, seed=self.recipe.seed)
         text = folder / self.stages["text"]["folder"]  # whose journal has all answers
         samples = self.answer(self.prompts, self.recipe.calibration, text)
         self.text = CalibrationText.of(samples, self.recipe.calibration, self.recipe.seed)

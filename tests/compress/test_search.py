@@ -1,9 +1,12 @@
 """The search equals brute force; greedy and random keep to the limits and are no better; what is out of reach is said."""
 
 import itertools
+import os
+from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from gristmill.compress.search import Limits, Problem, check_feasible, greedy, random_architectures, solve
 from gristmill.core.errors import InputError
@@ -28,6 +31,18 @@ def test_the_program_equals_brute_force(seed: int) -> None:
     found = solve(one, limits)
     assert found is not None and limits.hold(one, found)
     assert one.score(found) == min(map(one.score, every))
+
+
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """HiGHS has lines of its own for some problems, which would stand before what `--json` prints."""
+    real = scipy.optimize.milp
+
+    def prints(*args: Any, **kwargs: Any) -> Any:
+        os.write(1, b"HighsMipSolverData\n")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(scipy.optimize, "milp", prints)
+    assert solve(problem(0), Limits(time=0.8)) is not None and capfd.readouterr().out == ""
 
 
 def test_without_a_limit_the_parent_is_best() -> None:

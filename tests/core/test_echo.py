@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import os
 import subprocess
 import sys
 import traceback
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import gristmill
 from gristmill.cli.main import app
-from gristmill.core.echo import echo, guarded_stderr, sentence, terminal, visible
+from gristmill.core.echo import echo, guarded_stderr, sentence, silenced, terminal, visible
 
 PACKAGE = Path(gristmill.__file__).parent
 CLIPBOARD = "\x1b]52;c;cm0gLXJmIH4K\x07"
@@ -91,3 +92,11 @@ def test_echo_alone_prints(path: Path) -> None:
             name = ast.unparse(node.func)
             printed = name in ("print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write")
             assert not printed or "sandbox" in path.parts, f"{path}:{node.lineno}: {name} prints foreign text raw; use core.echo.echo"
+
+
+def test_what_libraries_print_past_python_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:
+    with silenced(1):
+        os.write(1, b"from a library\n")
+        os.write(2, b"an error\n")
+    print("after")
+    assert capfd.readouterr() == ("after\n", "an error\n")

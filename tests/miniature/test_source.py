@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
 from gristmill.data.chat import Message
 from gristmill.data.human import HumanData
 from gristmill.miniature.source import LIMITS, MiniatureSource
@@ -38,7 +39,7 @@ def test_another_seed_draws_other_people_but_asks_the_same(source: MiniatureSour
 
 def test_drawn_prompts_are_different_and_none_is_held_out(source: MiniatureSource) -> None:
     """As many draws of every task; of facts the world soon has no others."""
-    drawn = source.drawn(2000)
+    drawn = source.drawn(2000, Progress(quiet=True))
     texts = [normalize_prompt(p.messages) for p in drawn]
     assert len(set(texts)) == len({p.id for p in drawn}) == len(drawn) and all(source.world.allowed(p.messages) for p in drawn)
     counts = Counter(p.task for p in drawn)

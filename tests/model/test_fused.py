@@ -101,6 +101,26 @@ def test_softmax_over_the_vocabulary(count: int, vocab_size: int, scale: float) 
     assert not apart._base[:, vocab_size:].any()  # and nothing is written into it
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 20), st.sampled_from([1, 2, 15, 16, 17, 1000, 4099]), st.sampled_from([1.0, 100.0]), st.sampled_from(list(kernels.TYPES))
+)
+def test_divergence_over_the_vocabulary(count: int, vocab_size: int, scale: float, dtype: torch.dtype) -> None:
+    logits, teacher = (drawn(count, vocab_size, seed=seed, scale=scale).detach().to(dtype) for seed in (0, 1))
+    (exact_logits, exact_teacher), num_real = exact(logits, teacher), max(1, count - 3)
+    kl = F.kl_div(exact_logits.log_softmax(-1), exact_teacher.log_softmax(-1), reduction="none", log_target=True)[:num_real].sum(-1)
+    (gradient,) = torch.autograd.grad(kl.sum(), exact_logits)
+    before, apart = logits.clone(), torch.zeros(count, vocab_size + 3, dtype=dtype)[:, :vocab_size].copy_(logits)
+    alone = fused.kl_divergence(logits, teacher, num_real, keeps=False)
+    assert alone is not None and torch.equal(logits, before)
+    torch.testing.assert_close(alone[:num_real].double(), kl, rtol=1e-5, atol=1e-5 * scale)
+    for into in (apart, logits):
+        found = fused.kl_divergence(into, teacher, num_real, keeps=True)
+        assert found is not None and torch.equal(found, alone) and not found[num_real:].any() and not into[num_real:].any()
+        torch.testing.assert_close(into.double(), gradient, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6 * scale)
+    assert not apart._base[:, vocab_size:].any()
+
+
 def test_bf16_is_rounded_once() -> None:
     x, gain = drawn(40, 33, seed=0).bfloat16(), drawn(33, seed=1).detach()
     normed = fused.norm(x, gain, None, eps=0.01)

@@ -12,7 +12,14 @@ from torch import Tensor
 from gristmill.core.errors import InputError
 from gristmill.model import fused
 from gristmill.train import losses
-from gristmill.train.losses import cross_entropy_sum, masked_mse, preference_loss, token_logprobs
+from gristmill.train.losses import (
+    cross_entropy_sum,
+    kl_divergence_sum,
+    masked_mse,
+    preference_loss,
+    token_logprobs,
+    top_kl_divergence_sum,
+)
 
 # beta = 0.1: (d, g), then the loss under each name and d loss / d d of rpo_bwd_kl
 TABLE = [
@@ -177,7 +184,17 @@ def test_token_logprobs_are_pytorchs(cap: float | None) -> None:
         assert torch.equal(token_logprobs(h, w, targets, cap=cap), logp)
 
 
-@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs])
+def taught(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Distillation from a teacher that is sure of the targets: the sum of KL is the cross-entropy."""
+    teacher_VE = 100.0 * torch.eye(len(weight), dtype=h.dtype)
+    return kl_divergence_sum(h, weight, teacher_VE[targets], teacher_VE)
+
+
+def taught_by_tokens(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return top_kl_divergence_sum(h, weight, targets[:, None], torch.zeros(len(targets), 1))
+
+
+@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs, taught, taught_by_tokens])
 @pytest.mark.parametrize("unpadded", [True, False])
 @pytest.mark.parametrize("vocab", [50, 128])  # the second with a gap behind each row of logits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -195,8 +212,8 @@ def test_gradients_added_in_place_are_pytorchs_in_fp64(
             exact_h = h.detach().double().requires_grad_()
             ours = function(h, weight, targets)  # type: ignore[operator]
             factor = 0.5 + number
-            if function is cross_entropy_sum:
-                (factor * ours[0]).backward()
+            if function is not token_logprobs:
+                (factor * (ours[0] if function is cross_entropy_sum else ours)).backward()
                 (factor * F.cross_entropy(exact_h @ exact_w.T, targets, reduction="sum")).backward()
             else:
                 slopes = torch.linspace(-2, 3, rows) * factor
@@ -240,7 +257,7 @@ def test_the_loss_is_right_near_the_borders_of_chunks_and_slices(vocab: int, min
             torch.testing.assert_close(token_logprobs(h[:rows], w, targets[:rows]), -exact_R[:rows], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs])
+@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs, taught, taught_by_tokens])
 def test_a_frozen_output_matrix_has_no_gradient(function: object) -> None:
     h, w, targets = inputs(31, 50)
     frozen = w.detach()
@@ -250,7 +267,7 @@ def test_a_frozen_output_matrix_has_no_gradient(function: object) -> None:
 
 
 def test_no_rows_give_zero_loss_and_zero_gradient() -> None:
-    for function in (cross_entropy_sum, token_logprobs):
+    for function in (cross_entropy_sum, token_logprobs, taught, taught_by_tokens):
         h, w, targets = inputs(0, 50)
         out = function(h, w, targets)
         total = out[0] if isinstance(out, tuple) else out.sum()
@@ -258,7 +275,7 @@ def test_no_rows_give_zero_loss_and_zero_gradient() -> None:
         assert total.item() == 0 and w.grad is not None and w.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs])
+@pytest.mark.parametrize("function", [cross_entropy_sum, token_logprobs, taught_by_tokens])
 def test_bytes_kept_for_backward_do_not_grow_with_rows_times_vocabulary(function: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 4000)
     monkeypatch.setattr(losses, "MIN_CHUNK_ROWS", 4)

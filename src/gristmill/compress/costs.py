@@ -50,7 +50,7 @@ class OperatingPoint:
 class Meter:
     """Seconds a generated token of models, measured in turns.
 
-    On a CPU they are the process's own processor seconds, which neighbours change least; on a GPU those of the clock.
+    Where a single thread computes them all they are its processor seconds, which neighbours change least; else those of the clock.
     """
 
     def __init__(self, point: OperatingPoint, tokenizer: Tokenizer, chat_format: ChatFormat) -> None:
@@ -78,20 +78,25 @@ class Meter:
         """Measure each model once, in an order that turns round by round."""
         names = list(self._engines)
         shift = seed % len(names)
-        return {name: self._seconds(self._engines[name], seed) for name in names[shift:] + names[:shift]}
+        clock = time.process_time if all(map(self._is_alone, self._engines.values())) else time.perf_counter
+        return {name: self._seconds(self._engines[name], seed, clock) for name in names[shift:] + names[:shift]}
+
+    def _is_alone(self, engine: Engine) -> bool:
+        """Whether a single thread of a processor computes this model."""
+        num_threads = torch.get_num_threads() if engine.num_workers == 1 else engine.useful_workers(self.point.batch)
+        return engine.device.type == "cpu" and num_threads == 1
 
     def warm_up(self) -> None:
         """Let kernels and libraries get ready."""
         for engine in self._engines.values():
-            self._seconds(engine, 0)
+            self._seconds(engine, 0, time.perf_counter)
 
-    def _seconds(self, engine: Engine, seed: int) -> float:
+    def _seconds(self, engine: Engine, seed: int, clock: Callable[[], float]) -> float:
         point = self.point
         sampling = SamplingParams(temperature=1.0, max_tokens=point.output_tokens)
         # no two begin alike, or the engine would compute what they share once
         prompts = np.random.default_rng(seed).integers(engine.model.config.vocab_size, size=(point.batch, point.prompt_tokens))
         requests = [Request(str(i), (), sampling, seed, prompt_ids=tuple(row)) for i, row in enumerate(prompts.tolist())]
-        clock: Callable[[], float] = time.process_time if engine.device.type == "cpu" else time.perf_counter
         began = clock()
         count = sum(outs[0].num_tokens for _, outs in engine.generate(requests))
         return (clock() - began) / count

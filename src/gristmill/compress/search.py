@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import numpy as np
 
+from gristmill.core.echo import silenced
 from gristmill.core.errors import InputError
 
 Architecture = tuple[int, ...]  # of every layer its choice
@@ -97,13 +98,14 @@ def solve(problem: Problem, limits: Limits) -> Architecture | None:
         same = np.zeros((1, starts[-1]))
         same[0, [start + j for start, j in zip(starts, other, strict=False)]] = 1
         constraints.append(LinearConstraint(same, -np.inf, most))
-    found = milp(
-        np.concatenate(problem.scores),
-        integrality=np.ones(starts[-1]),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0},
-    )
+    with silenced(1):  # HiGHS prints lines of its own on some problems
+        found = milp(
+            np.concatenate(problem.scores),
+            integrality=np.ones(starts[-1]),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         return None
     return tuple(int(np.argmax(found.x[start : start + size])) for start, size in zip(starts, sizes, strict=False))

@@ -4,8 +4,10 @@ Names, answers, errors and paths may come from a model or a stranger. Raw, they 
 (OSC 52) or turn the order of a line round.
 """
 
+import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
@@ -15,6 +17,8 @@ from typing import Any, TextIO, cast
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
+
+_FILES = threading.Lock()  # of the process's standard streams
 
 
 def visible(text: str) -> str:
@@ -64,3 +68,17 @@ def guarded_stderr() -> Iterator[None]:
         yield
     finally:
         sys.stderr = raw
+
+
+@contextmanager
+def silenced(descriptor: int) -> Iterator[None]:
+    """Drop what a library writes meanwhile to standard output (1) or standard error (2), past Python."""
+    with _FILES:
+        kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        try:
+            yield
+        finally:
+            os.dup2(kept, descriptor)
+            os.close(kept)
+            os.close(nowhere)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
-from threading import Event
+from threading import Event, Lock
 from typing import Protocol, TypeVar
 
 import torch
@@ -20,6 +20,8 @@ MAX_THREADED_PARAMETERS = 50_000_000
 
 # MKL computes these. Where two threads call one for the first time at once, one of them may get cosines that are wrong in the fourth digit.
 VECTOR_FUNCTIONS = (torch.cos, torch.sin, torch.exp, torch.log, torch.tanh, torch.erf)
+
+_COUNTING, _num_alone, _num_before = Lock(), 0, 1  # who wants one thread inside torch, and how many there were
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,15 +63,28 @@ def workers(count: int) -> Iterator[Map]:
     if count == 1:
         yield alone
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for function in VECTOR_FUNCTIONS:
-        function(torch.ones(1))
+    with one_torch_thread(), ThreadPoolExecutor(count) as pool:
+        for function in VECTOR_FUNCTIONS:
+            function(torch.ones(1))
+        yield lambda function, items: list(pool.map(function, items))
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """One thread inside torch meanwhile; those that come and go in any order leave as many as there were before the first."""
+    global _num_alone, _num_before
+    with _COUNTING:
+        if not _num_alone:
+            _num_before = torch.get_num_threads()
+        _num_alone += 1
+        torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count) as pool:
-            yield lambda function, items: list(pool.map(function, items))
+        yield
     finally:
-        torch.set_num_threads(threads)
+        with _COUNTING:
+            _num_alone -= 1
+            if not _num_alone:
+                torch.set_num_threads(_num_before)
 
 
 def merge(count: int, stream: Callable[[int, Event], Iterator[Item]]) -> Iterator[Item]:

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import os
-import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
 
+from gristmill.core.echo import silenced
 from gristmill.core.errors import InputError
 from gristmill.core.untrusted import quoted
 
@@ -32,25 +31,17 @@ MAX_UNUSED_IDS = 1 << 16  # ids below the highest that no token has
 UNKNOWN = "\uf8ff"  # a private-use character
 MAX_GROWTH = 16.0  # of a text by a normalizer's replacements; published ones put one character for another
 
-_STDERR = threading.Lock()  # of the file that the library writes its panics to
-
 
 @contextmanager
 def explained_damage(path: Path) -> Iterator[None]:
     """Turn whatever a damaged tokenizer.json makes the library raise into an InputError, which is all that is said of it."""
-    with _STDERR:
-        stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        try:
+    try:
+        with silenced(2):  # the library writes its panics there
             yield
-        except (InputError, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as e:  # the library raises bare Exception, and its panics are no Exception
-            raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            os.close(nowhere)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the library raises bare Exception, and its panics are no Exception
+        raise InputError(f"{path} cannot be read as a tokenizer ({quoted(str(e))[1:-1]}): download or save it again.") from None
 
 
 def unless_panic(error: BaseException) -> BaseException:

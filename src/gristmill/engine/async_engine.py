@@ -44,13 +44,13 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine, deliver: Callable[[list[TokenEvent]], object], *, interactive: bool = False) -> None:
         self.engine = engine
-        num_workers = min(engine.num_workers, engine.max_batch)
+        num_workers = engine.useful_workers(engine.max_batch)
         self._torch_threads = torch.get_num_threads()
         self._refreshing = threading.Lock()
         self.workers = [_Worker(engine, num_workers, deliver, interactive) for _ in range(num_workers)]
 
     def start(self) -> None:
-        if len(self.workers) > 1:  # one thread inside torch for each of ours
+        if self.engine.num_workers > 1:  # one thread inside torch for each of ours
             torch.set_num_threads(1)
         for worker in self.workers:
             worker.thread.start()
@@ -75,7 +75,10 @@ class AsyncEngine:
 
     def submit(self, state: RequestState) -> None:
         """Take a request. Its end is delivered, whatever happens."""
-        worker = min(self.workers, key=lambda one: one.load)
+        count = self.num_open + len(state.completions)
+        slots = self.engine.max_batch // len(self.workers)
+        filled = self.workers[: max(self.engine.useful_workers(count), -(-count // slots))]
+        worker = min(filled, key=lambda one: one.load)
         worker.add_load(len(state.completions))
         worker.inbox.put((state, True))
 

@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Event, Lock
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gristmill.core.device import Arena, check_dtype, current_device
 from gristmill.core.errors import InputError
-from gristmill.core.threads import merge, num_workers, workers
+from gristmill.core.threads import merge, num_workers, one_torch_thread, workers
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import ChatFormat
 from gristmill.data.thinking import CLOSE
@@ -43,6 +44,8 @@ MAX_PACKED_TOKENS = 8192
 MAX_LOGIT_ELEMENTS = 16 * 2**20
 
 
+# Rows times parameters of a worker's step, under which a second one costs more in waiting for Python's lock than it computes.
+STEP_PRODUCTS = 64_000_000
 MAX_RUN = 8  # requests of one prompt that a worker is dealt in a row
 
 Item = TypeVar("Item")
@@ -142,6 +145,7 @@ class Engine:
             check_widths(model.config)
         self._trained, self.model = model, model if quantize else _in_dtype(model, dtype, own)
         self.num_workers = num_workers(model)
+        self._num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.quantize, self.head = quantize, head
         self._decoder = Decoder(self.model, dtype, quantize, head=head, layers=layers)
         if own and quantize and layers is None:
@@ -185,9 +189,15 @@ class Engine:
         """
         if not self.quantize and not self.head:
             self._decoder.refresh()
-        count = min(self.num_workers, self.max_batch)
+        asked = sum(request.sampling.n for request in requests) if isinstance(requests, Sequence) else self.max_batch
+        count = self.useful_workers(min(self.max_batch, asked))
         dealt = _RoundRobin(requests, count)
-        yield from merge(count, lambda number, stop: self._run_worker(dealt, number, stop))
+        with one_torch_thread() if self.num_workers > 1 else nullcontext():
+            yield from merge(count, lambda number, stop: self._run_worker(dealt, number, stop))
+
+    def useful_workers(self, num_in_flight: int) -> int:
+        """Workers that finish so many requests soonest: of few rows a step takes Python longer than the processor, and one is best."""
+        return max(1, min(self.num_workers, num_in_flight * self._num_parameters // STEP_PRODUCTS))
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Load a LoRA adapter, which requests then name. Those that are under way keep the one they began with.

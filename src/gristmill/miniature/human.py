@@ -7,6 +7,7 @@ more when helpfulness ranges over more than 2, the three in best agreement kept,
 import itertools
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,11 +193,10 @@ def collected(world: World, num: int, seed: int) -> list[Problem]:
     return list(out.values())
 
 
-def drawn(world: World, num: int, seed: int) -> list[Problem]:
-    """The different ones of `num` draws, as many draws of each task."""
+def drawn(world: World, num: int, seed: int) -> Iterator[Problem]:
+    """`num` draws, as many of each task, of which many may be alike."""
     rng = random.Random(f"drawn-{seed}")
-    problems = [world.draw(rng, TASKS[i % len(TASKS)]) for i in range(num)]
-    return list({problem.messages: problem for problem in problems}.values())
+    return (world.draw(rng, TASKS[i % len(TASKS)]) for i in range(num))
 
 
 def evaluation(world: World, num_per_task: int) -> list[dict[str, Any]]:

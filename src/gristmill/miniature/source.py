@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 from gristmill.core.errors import InputError
+from gristmill.core.progress import Progress
 from gristmill.data.chat import Conversation, conversation
 from gristmill.data.human import HumanData
 from gristmill.data.rows import ATTRIBUTES, Demonstration, Prompt, Rated, make_id
@@ -64,9 +65,10 @@ class MiniatureSource:
     def _prompts(self) -> list[Prompt]:
         return self._asked("collected", human.collected(self.world, self._num["num_prompts"], self._seed))
 
-    def drawn(self, num: int) -> list[Prompt]:
+    def drawn(self, num: int, progress: Progress) -> list[Prompt]:
         """The different prompts of `num` draws, which may be more than the world has different ones of each task."""
-        return self._asked("drawn", human.drawn(self.world, num, self._seed))
+        problems = progress.track(human.drawn(self.world, num, self._seed), num, lambda: "prompts drawn")
+        return self._asked("drawn", list({problem.messages: problem for problem in problems}.values()))
 
     def _asked(self, origin: str, problems: Sequence[Problem]) -> list[Prompt]:
         return [

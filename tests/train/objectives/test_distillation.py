@@ -21,7 +21,7 @@ from gristmill.model.transformer import Transformer
 from gristmill.train import top_logprobs
 from gristmill.train.batches import Sample, TaughtSample, collate_tokens
 from gristmill.train.losses import kl_divergence_sum, top_kl_divergence_sum
-from gristmill.train.objectives.distillation import DistillationObjective, TopKDistillation, paired_loss
+from gristmill.train.objectives.distillation import DistillationObjective, TopKDistillation, _CosineDistances, paired_loss
 from gristmill.train.top_logprobs import taught_samples
 from gristmill.train.trainer import Trainer, TrainSettings
 
@@ -87,6 +87,17 @@ def test_every_term_counts_as_named(samples: list[Sample]) -> None:
     torch.testing.assert_close(sums["cosine+kl+lm"].sum, kl + cosine + lm)
     torch.testing.assert_close(sums["kl+lm"].sum, kl + lm)
     assert all("kl" in output.metrics for output in sums.values())
+
+
+def test_directions_and_their_gradients_are_those_of_torch() -> None:
+    """Over rows of all lengths, zero too."""
+    x, y = (torch.randn(6, 16, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-3, 3, 6)[:, None] for seed in (0, 1))
+    y[1] = 0
+    x.requires_grad_()
+    ours, exact = _CosineDistances.apply(x, y), (1 - F.cosine_similarity(x.double(), y.double(), dim=-1)).sum()
+    assert float(ours.detach()) == pytest.approx(float(exact.detach()), abs=1e-5)
+    for one, other in zip(*(torch.autograd.grad(3 * total, x) for total in (ours, exact)), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-6)
 
 
 def test_layers_pair_as_they_are_told(samples: list[Sample]) -> None:

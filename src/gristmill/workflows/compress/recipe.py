@@ -8,6 +8,8 @@ from gristmill.core.config import FilePath, Recipe, RunName, Section, check
 from gristmill.train.settings import DistillationTraining
 from gristmill.workflows.alignment.recipe import BaseModelPath
 
+TOKENS_A_DRAW = 40
+
 
 class CompressionData(Section):
     """What the parent is distilled on, and what parent and child are asked. A world supplies both."""
@@ -27,6 +29,11 @@ class Calibration(Section):
     block_tokens: int = Field(64_000, gt=0, description="of them, for blockwise distillation")
     validation_tokens: int = Field(8_000, gt=0, description="besides, for scores and KL")
     max_tokens: int = Field(80, gt=0, description="longest answer")
+
+    @property
+    def num_draws(self) -> int:
+        """Prompts that are drawn of a world for the text: of the miniature's half are different, of 80 tokens with their answers."""
+        return 1 + (self.tokens + self.validation_tokens) // TOKENS_A_DRAW
 
 
 class SearchSpace(Section):

@@ -67,7 +67,6 @@ from gristmill.workflows.train import MODEL, distillation_from
 EVALUATION, MEASURED, TRAIN, TEACHER = "evaluation.jsonl", "measured.jsonl", "train", "teacher"
 PIECE_TOKENS = 4096  # of a batch of blockwise distillation and scores
 MIN_PROMPTS = 20  # with known answers, under which accuracies are noise
-WORLD_PROMPTS = 40_000  # drawn of a world; of the miniature about half are different
 NUM_RANDOM = 2  # random architectures that are measured beside the search's
 CHECKPOINT_SECONDS = 20.0
 
@@ -101,8 +100,9 @@ class _Run:
         check_measurable(self.parent.config, self.space)
         self._check_target(None)
         check_top_k(recipe.distillation.teacher_top_k, self.parent.config.vocab_size)
-        self.prompts, self.evaluation = _prompts(recipe)
-        self.known = _with_truths(recipe, self.prompts)
+        self._world = None if recipe.world is None else MiniatureSource(HumanData(num_evaluation=recipe.data.num_evaluation), recipe.seed)
+        self._given, self.evaluation = _prompts(recipe) if self._world is None else ([], self._world.evaluation())
+        self.known = [] if recipe.search.metric != "accuracy" else _with_truths(recipe, self.prompts)
         self.documents: list[Sample] = []
         if recipe.data.documents is not None:
             self.documents = document_samples(recipe.data.documents, self.tokenizer, recipe.calibration, self.parent.config.max_positions)
@@ -112,6 +112,14 @@ class _Run:
         needs_code = any(is_code(p.truth) for p in [*self.evaluation, *self.known])
         self.verifier: Verifier = open_verifier(stack, needs_code=needs_code, unsafe_code=unsafe_code)
         self.dir = stack.enter_context(RunDir(folder, recipe, progress))
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        """Prompts that the parent answers for the text."""
+        if self._world is None:
+            return self._given
+        with self.progress.stage("prompts"):
+            return self._world.drawn(self.recipe.calibration.num_draws, self.progress)
 
     @property
     def point(self) -> OperatingPoint:
@@ -123,7 +131,8 @@ class _Run:
     def results(self) -> dict[str, Any]:
         recipe = self.recipe
         of_model = [fingerprint(self.start), recipe.seed]
-        asked = [recipe.calibration.model_dump(), [p.id for p in self.prompts], fingerprint_samples(self.documents)]
+        of_prompts = [p.id for p in self._given] if self._world is None else [recipe.world, recipe.calibration.num_draws]
+        asked = [recipe.calibration.model_dump(), of_prompts, fingerprint_samples(self.documents)]
         text = self.dir.stage("text", [*of_model, asked], self._make_text)
         self._text_folder, self.precision = text.folder, text.summary["precision"]
         costs = self.dir.stage("costs", [*of_model, asdict(self.space), asdict(self.point), recipe.costs.repeats], self._measure)
@@ -417,11 +426,8 @@ def _name(architecture: Architecture) -> str:
 
 
 def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts that the parent answers for the text, and those of the evaluation."""
+    """Prompts of files: those that the parent answers for the text, and those of the evaluation."""
     data = recipe.data
-    if recipe.world is not None:
-        source = MiniatureSource(HumanData(num_evaluation=data.num_evaluation), recipe.seed)
-        return source.drawn(WORLD_PROMPTS), source.evaluation()
     prompts = [] if data.prompts is None else read_prompts(data.prompts, "file")
     evaluation = [] if data.evaluation is None else read_prompts(data.evaluation, "human", truth=True)
     if data.prompts is not None and not prompts:
@@ -434,13 +440,11 @@ def _prompts(recipe: CompressionRecipe) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def _with_truths(recipe: CompressionRecipe, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts by which layers are scored by accuracy; none where they are scored by another metric.
+    """Prompts by which layers are scored by accuracy.
 
     Raises:
         InputError: there are too few with known answers.
     """
-    if recipe.search.metric != "accuracy":
-        return []
     known = [p for p in prompts if p.truth is not None]
     if len(known) < MIN_PROMPTS:
         raise InputError(
