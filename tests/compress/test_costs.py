@@ -1,5 +1,7 @@
 """Measured speeds: every prompt is computed, and a round is only taken for the models and the operating point that it was measured at."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from gristmill.core.errors import InputError
 from gristmill.core.progress import Progress
 from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.engine import engine as engine_module
 from gristmill.engine.engine import Engine
 from gristmill.model.config import ModelConfig, uniform_blocks
 from gristmill.model.transformer import Transformer
@@ -38,10 +41,27 @@ def test_every_prompt_is_computed_whole() -> None:
     assert engine.stats.prompt_tokens == 24 * 128 and engine.stats.output_tokens == 24
 
 
+def test_seconds_are_a_single_threads_or_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor seconds of several threads say little of when they are done."""
+    clocks: list[object] = []
+    monkeypatch.setattr(Meter, "_seconds", lambda meter, engine, seed, clock: clocks.append(clock) or 1.0)
+    for num_threads, num_workers, step_products in ((1, 1, 1), (3, 1, 1), (3, 3, 1), (3, 3, 10**9)):
+        torch.set_num_threads(num_threads)
+        try:
+            monkeypatch.setattr(engine_module, "STEP_PRODUCTS", step_products)
+            meter = Meter(point(24), TOKENIZER, FORMATS["chatml"])
+            meter.add("one", model(), own=True)
+            meter._engines["one"].num_workers = num_workers
+            meter.round(0)
+        finally:
+            torch.set_num_threads(1)
+    assert clocks == [time.process_time, time.perf_counter, time.perf_counter, time.process_time]
+
+
 def test_rounds_stay_for_the_same_models_at_the_same_point_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = 0
 
-    def seconds(meter: Meter, engine: Engine, seed: int) -> float:
+    def seconds(meter: Meter, engine: Engine, seed: int, clock: Callable[[], float]) -> float:
         nonlocal measured
         measured += 1
         return float(engine.model.config.num_layers)

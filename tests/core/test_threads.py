@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gristmill.core.threads import MAX_THREADED_PARAMETERS, evenly, merge, num_workers, workers
+from gristmill.core.threads import MAX_THREADED_PARAMETERS, evenly, merge, num_workers, one_torch_thread, workers
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,17 @@ def test_results_keep_the_order_of_their_items(count: int) -> None:
 def test_each_worker_has_one_thread_inside_torch() -> None:
     with workers(3) as each:
         assert each(lambda _: torch.get_num_threads(), range(6)) == [1] * 6
+    assert torch.get_num_threads() == 3
+
+
+def test_threads_are_given_back_by_the_last_that_wants_one() -> None:
+    """Streams of answers may begin and end in any order."""
+    first, second = one_torch_thread(), one_torch_thread()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_num_threads() == 1
+    second.__exit__(None, None, None)
     assert torch.get_num_threads() == 3
 
 

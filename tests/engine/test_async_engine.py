@@ -8,6 +8,7 @@ import pytest
 
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import FORMATS
+from gristmill.engine import engine as engine_module
 from gristmill.engine.async_engine import AsyncEngine, TokenEvent
 from gristmill.engine.engine import Engine
 from gristmill.engine.sequence import RequestState
@@ -57,3 +58,24 @@ def test_preempted_requests_stream_every_token_once(tiny_base: Path) -> None:
         assert [event.logprob for event in events] == list(completion.logprobs)
         assert list(completion.logprobs) == pytest.approx([event.logprob for event in expected[name, sample]], abs=1e-4)
         assert [event.last for event in events] == [False] * (completion.num_tokens - 1) + [True]
+
+
+def test_a_worker_is_filled_before_another_begins(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many rows as make a step worth it; and none waits for a slot while another worker has one."""
+    model, tokenizer = load_model(tiny_base)
+    rows = sum(p.numel() for p in model.parameters())
+
+    def loads(step_rows: int, max_batch: int) -> list[list[int]]:
+        monkeypatch.setattr(engine_module, "STEP_PRODUCTS", step_rows * rows)
+        engine = Engine(model, tokenizer, FORMATS["nemotron"], name="tiny", max_batch=max_batch)
+        engine.num_workers = 2
+        waiting = AsyncEngine(engine, lambda some: None)  # it is not started, so nothing ends
+        out = []
+        for one in REQUESTS:  # of two samples each
+            waiting.submit(engine.prepare(one))
+            out.append([worker.load for worker in waiting.workers])
+        return out
+
+    assert loads(4, 100) == [[2, 0], [4, 0], [6, 0], [6, 2], [6, 4]]
+    assert loads(4, 8) == [[2, 0], [4, 0], [4, 2], [4, 4], [6, 4]]
+    assert loads(5, 8) == [[2], [4], [6], [8], [10]], "so few slots are one worker's"

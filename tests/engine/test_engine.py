@@ -11,6 +11,7 @@ from gristmill.core.errors import InputError
 from gristmill.data.chat import Message
 from gristmill.data.chat_format import FORMATS
 from gristmill.data.tokenizer import Tokenizer
+from gristmill.engine import engine as engine_module
 from gristmill.engine.engine import Engine, _RoundRobin
 from gristmill.engine.kernels import library as kernels
 from gristmill.generation.api import Completion, Request, SamplingParams
@@ -123,7 +124,8 @@ def test_samples_do_not_depend_on_neighbours_or_order(model: Transformer, tokeni
         assert same(together[one.id], alone) and same(reverse[one.id], alone)
 
 
-def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STEP_PRODUCTS", 1)
     requests = [request(i, sampling) for i in range(12) for sampling in (SamplingParams(temperature=1.0, max_tokens=3 + i, n=1 + i % 5),)]
     alone = run(make_engine(model, tokenizer), requests)
     torch.set_num_threads(3)
@@ -136,6 +138,24 @@ def test_workers_generate_what_one_does(model: Transformer, tokenizer: Tokenizer
         torch.set_num_threads(1)
     assert alone.keys() == together.keys() and all(same(alone[name], together[name]) for name in alone)
     assert engine.stats.output_tokens >= sum(c.num_tokens for completions in together.values() for c in completions)
+
+
+def test_few_rows_of_a_small_model_are_one_workers(model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rows that can be in flight: no more than are asked for, a sample each."""
+    torch.set_num_threads(3)
+    try:
+        engine = make_engine(model, tokenizer, max_batch=100)
+    finally:
+        torch.set_num_threads(1)
+    monkeypatch.setattr(engine_module, "STEP_PRODUCTS", 10 * sum(p.numel() for p in model.parameters()))
+    assert [engine.useful_workers(count) for count in (1, 19, 20, 30, 99)] == [1, 1, 2, 3, 3]
+    made: list[int] = []
+    core = engine.core
+    monkeypatch.setattr(engine, "core", lambda num_workers: (made.append(num_workers), core(num_workers))[1])
+    twice, few = SamplingParams(max_tokens=2, n=2), [request(i, GREEDY) for i in range(19)]
+    for requests in (few, [request(i, twice) for i in range(10)], iter(few)):
+        assert len(list(engine.generate(requests))) in (10, 19)
+    assert sorted(made) == [1, *[2] * 2, *[3] * 3]
 
 
 def test_which_worker_has_which_request_does_not_depend_on_their_speed() -> None:

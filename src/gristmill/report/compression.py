@@ -25,8 +25,8 @@ def write_page(data: RunData) -> Path:
     stages = {stage["name"]: stage for stage in data.stages if "name" in stage}
     if data.results is not None:
         body += _results(data.results, data.folder)
-    if "costs" in stages:
-        body += [el("h2", "Costs of variants"), *_costs(stages["costs"])]
+    for name, stage in stages.items():  # one an operating point
+        body += [el("h2", "Costs of variants"), *_costs(stage)] if name.startswith("costs") else []
     if "scores" in stages:
         body += [el("h2", "Replace-1-block scores"), *_scores(stages["scores"])]
     if "library" in stages and (trained := stages["library"]["variants"]):
@@ -55,12 +55,12 @@ def _results(results: Mapping[str, Any], folder: Path) -> list[Markup]:
     out += [el("h2", "KL against speed"), _pareto(children, found)]
     words = "Each dot is a child, measured beside the parent in turns; KL is before the global distillation, but for the last dot."
     out += [el("p", words, class_="note"), el("h2", "Predicted and measured"), _children(children)]
-    point = results["point"]
-    words = (
-        f"{point['batch']} in flight, prompts of {point['prompt_tokens']} and answers of {point['output_tokens']} tokens, "
-        f"{point['precision']}: costs add up at this operating point alone."
-    )
-    return [*out, el("p", words, class_="note")]
+    return [*out, el("p", f"{_in_words(results['point'])}: costs add up at this operating point alone.", class_="note")]
+
+
+def _in_words(point: Mapping[str, Any]) -> str:
+    tokens = f"prompts of {point['prompt_tokens']} and answers of {point['output_tokens']} tokens"
+    return f"{point['batch']} in flight, {tokens}, {point['precision']}"
 
 
 def _fusion(fusion: Mapping[str, Any]) -> list[Markup]:
@@ -123,9 +123,8 @@ def _costs(costs: Mapping[str, Any]) -> list[Markup]:
         [name.replace("-", " ", 1), f"{share['median']:+.2%}", f"{share['low']:+.2%} to {share['high']:+.2%}"]
         for name, share in costs["shares"].items()
     ]
-    words = (
-        f"Share of the parent's time a token ({costs['parent_seconds'] * 1e6:,.0f} us) that a layer takes more with this half than its own."
-    )
+    time = f"{costs['parent_seconds'] * 1e6:,.0f} us"
+    words = f"Share of the parent's time a token ({time}; {_in_words(costs['point'])}) that a layer takes more with this half than its own."
     return [el("p", words, class_="note"), table(["variant", "median", "rounds"], rows, medium=True)]
 
 

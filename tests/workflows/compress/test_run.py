@@ -42,7 +42,7 @@ QUIET = Progress(quiet=True)
 NEVER = {"kind": "exact", "value": "zzzz"}
 ALWAYS = {"kind": "instructions", "checks": [{"id": "length_constraints:number_words", "relation": "less than", "num_words": 1000}]}
 # Costs that add up, so that nothing depends on the machine: of a fixed part, key-value heads and channels.
-SECONDS = "lambda meter, engine, seed: 20 + sum(3 * b.num_kv_heads + b.ffn_size / 16 for b in engine.model.config.blocks)"
+SECONDS = "lambda meter, engine, seed, clock: 20 + sum(3 * b.num_kv_heads + b.ffn_size / 16 for b in engine.model.config.blocks)"
 KILLED = f"""
 import json, os, signal, sys
 from pathlib import Path
@@ -95,6 +95,9 @@ for name, count in [*moments, ("", 0)]:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
+COSTS = {"batch": 2, "prompt_tokens": 4, "output_tokens": 4, "repeats": 2, "precision": "fp32"}
+POINT = "-batch2-prompt4-output4-fp32"  # in the folders' names
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -124,7 +127,7 @@ def make(folder: Path, base: Path, **changes: Any) -> CompressionRecipe:
         "calibration": {"tokens": 2400, "block_tokens": 1200, "validation_tokens": 600, "max_tokens": 24},
         "space": {"widths": [0.5], "width_multiple": 16},
         "bld": {"steps": 3, "lr": 3e-3},
-        "costs": {"batch": 2, "prompt_tokens": 4, "output_tokens": 4, "repeats": 2, "precision": "fp32"},
+        "costs": COSTS,
         "target": {"speed": 1.3},
         "search": {"curve": [1.15, 1.3], "candidates": 2, "diversity": 0.7},
         "distillation": {"steps": 6, "batch_size": 8, "lr": 3e-3, "precision": "fp32"},
@@ -162,13 +165,13 @@ def test_a_run_says_what_the_child_comes_to(calm: Path) -> None:
     assert (found["accuracy"]["paired"]["mean"], found["accuracy"]["paired"]["n"]) == (0, 3)
     assert [s["name"] for s in data.stages] == [
         "text",
-        "costs",
+        f"costs{POINT}",
         "library",
         "scores",
         "parent",
-        "search-1.3x",
-        "child-1.3x",
-        "measured-1.3x",
+        f"search-1.3x{POINT}",
+        f"child-1.3x{POINT}",
+        f"measured-1.3x{POINT}",
     ]
     for one in data.results["children"]:
         assert one["predicted"]["speed"] == pytest.approx(one["measured"]["median"])
@@ -217,10 +220,12 @@ def test_another_target_reuses_all_that_is_measured(calm: Path, base: Path, tmp_
     assert shown.exit_code == 0, shown.output
     out = json.loads(shown.stdout)
     assert (
-        out["compress"]["target"]["speed"] == 1.6 and out["compress"]["speed"]["measured"] >= 1.6 and out["model"] == "06-child-1.6x/model"
+        out["compress"]["target"]["speed"] == 1.6
+        and out["compress"]["speed"]["measured"] >= 1.6
+        and out["model"] == f"06-child-1.6x{POINT}/model"
     )
     after = {name: data for name, data in snapshot(calm / "run").items() if name[:2] <= "04"}
-    assert after == before and (calm / "run/06-child-1.3x/model").is_dir()
+    assert after == before and (calm / f"run/06-child-1.3x{POINT}/model").is_dir()
     variant = next((calm / "run/02-library").glob("*.safetensors"))
     good = variant.read_bytes()
     variant.write_bytes(good[:-8])
@@ -228,6 +233,18 @@ def test_another_target_reuses_all_that_is_measured(calm: Path, base: Path, tmp_
     assert variant.read_bytes() == good, "a damaged variant is made again"
     assert "finished" in CliRunner().invoke(app, ["status", str(calm / "run")]).stdout
     assert CliRunner().invoke(app, ["report", str(calm / "run")]).exit_code == 0
+
+
+def test_another_operating_point_measures_anew_and_reuses_the_library(calm: Path, base: Path, tmp_path: Path, snapshot: Any) -> None:
+    shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
+    before = snapshot(tmp_path / "run")
+    run(make(tmp_path, base, costs=COSTS | {"batch": 3}, data=load(calm / "compress.yaml", CompressionRecipe).data), tmp_path)
+    after, other = snapshot(tmp_path / "run"), POINT.replace("2", "3", 1)
+    made = {name.split("/")[0] for name in after.keys() - before.keys()}
+    assert made == {f"{name}{other}" for name in ("01-costs", "05-search-1.3x", "06-child-1.3x", "07-measured-1.3x")}
+    assert all(after[name] == data for name, data in before.items() if "/" in name)
+    page = write_page(read_run(tmp_path / "run")).read_text()
+    assert all(f"{batch} in flight, prompts of 4 and answers of 4 tokens, fp32)" in page for batch in (2, 3))
 
 
 def test_kills_change_no_weight_and_nothing_is_made_twice(calm: Path, base: Path, tmp_path: Path) -> None:
@@ -238,7 +255,7 @@ def test_kills_change_no_weight_and_nothing_is_made_twice(calm: Path, base: Path
     command = [sys.executable, "-c", KILLED, str(tmp_path), json.dumps(moments)]
     out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True)
     assert out.stdout.split() == ["-9"] * len(moments) + ["0"], out.stderr[-2000:]
-    one, other = (load_file(folder / "run/06-child-1.3x/model/model.safetensors") for folder in (calm, tmp_path))
+    one, other = (load_file(folder / f"run/06-child-1.3x{POINT}/model/model.safetensors") for folder in (calm, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
     for journal in (tmp_path / "run").glob("*/*.jsonl"):
         ids = [json.loads(line)["id"] for line in journal.read_text().splitlines()]
@@ -302,7 +319,7 @@ def test_two_targets_learn_from_one_teacher_on_disk(calm: Path, tmp_path: Path, 
     found = run(recipe, tmp_path)["compress"]
     assert 0 < found["kl"] < found["kl_before"]
     (file,) = (tmp_path / "run/02-library/teacher").iterdir()
-    assert file.stat().st_size % 64 == 0 and "cosine" not in (tmp_path / "run/06-child-1.3x/train/metrics.jsonl").read_text()
+    assert file.stat().st_size % 64 == 0 and "cosine" not in (tmp_path / f"run/06-child-1.3x{POINT}/train/metrics.jsonl").read_text()
     monkeypatch.setattr(train, "_load_frozen", None)  # no teacher is loaded again
     assert run(recipe.with_speed(1.5), tmp_path)["compress"]["kl"] > 0
 

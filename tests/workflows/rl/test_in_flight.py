@@ -9,6 +9,7 @@ import torch
 
 from gristmill.data.chat import Message
 from gristmill.data.find_format import find_format
+from gristmill.engine import engine as engine_module
 from gristmill.engine.engine import Engine
 from gristmill.generation.api import Completion, Request, SamplingParams
 from gristmill.model.hf import load_model
@@ -18,6 +19,11 @@ REQUESTS = [
     for i, word in enumerate(["bee", "moss", "rain", "salt", "wind", "tree", "owl", "sea", "oak", "fog"])
 ]
 Answers = dict[str, list[Completion]]
+
+
+@pytest.fixture(autouse=True)
+def _every_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STEP_PRODUCTS", 1)
 
 
 def sample(base: Path, dtype: torch.dtype, quantize: Literal["", "int8"], *, max_batch: int, workers: int) -> Answers:

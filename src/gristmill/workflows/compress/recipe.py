@@ -65,6 +65,13 @@ class Costs(Section):
         "auto", description="of the engine; auto: bf16 where the device is made for it"
     )
 
+    @property
+    def name(self) -> str:
+        """Short name of the operating point, for folders: what differs from the default, each behind a dash."""
+        words = {"batch": "batch", "prompt_tokens": "prompt", "output_tokens": "output", "precision": ""}
+        told = {word: getattr(self, key) for key, word in words.items() if getattr(self, key) != Costs.model_fields[key].default}
+        return "".join(f"-{word}{value}" for word, value in told.items())
+
 
 class Target(Section):
     """What a child must come to, in shares of the parent's."""
@@ -99,7 +106,9 @@ class Search(Section):
 class CompressionRecipe(Recipe):
     """A whole compression."""
 
-    may_change: ClassVar[frozenset[str]] = frozenset({"threads", "device", "target", "search", "fusion", "fusion_limit", "distillation"})
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"threads", "device", "costs", "target", "search", "fusion", "fusion_limit", "distillation"}
+    )
 
     kind: Literal["compress"] = "compress"
     name: RunName = "compress"

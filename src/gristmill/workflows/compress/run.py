@@ -1,7 +1,8 @@
 """Compression of a model by Puzzle: library, scores, costs, search, global distillation, and what the child comes to.
 
-What does not depend on the target (text, library, scores, costs, the parent's accuracy) is made once a folder; each target adds a search, a
-child and its measurements. Every stage goes on where it was cut off, and nothing is trained, scored or measured twice.
+What does not depend on the target (text, library, scores, the parent's accuracy) is made once a folder, costs once an operating point;
+each target adds a search, a child and its measurements. Every stage goes on where it was cut off, and nothing is trained, scored or
+measured twice.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,7 +136,8 @@ class _Run:
         asked = [recipe.calibration.model_dump(), of_prompts, fingerprint_samples(self.documents)]
         text = self.dir.stage("text", [*of_model, asked], self._make_text)
         self._text_folder, self.precision = text.folder, text.summary["precision"]
-        costs = self.dir.stage("costs", [*of_model, asdict(self.space), asdict(self.point), recipe.costs.repeats], self._measure)
+        of_costs = [*of_model, asdict(self.space), asdict(self.point), recipe.costs.repeats]
+        costs = self.dir.stage(f"costs{recipe.costs.name}", of_costs, self._measure)
         self._check_target(costs.summary)
         of_library = [text.fingerprint, asdict(self.space), recipe.bld.model_dump()]
         library = self.dir.stage("library", of_library, self._build_library, files=["*.safetensors"])
@@ -144,7 +146,7 @@ class _Run:
         base = self.dir.stage("parent", [*of_model, [[p.id, p.truth] for p in self.evaluation]], self._evaluate_parent)
         found_scores = search_scores(scores.summary["blocks"], self.space, recipe.search.metric, len(self.known))
         self._problem = Problem(found_scores, self._costs(costs.summary), self.space.empty)
-        name = recipe.target.name
+        name = f"{recipe.target.name}{recipe.costs.name}"
         searched = recipe.search.model_dump(exclude=set() if self.known else {"num_prompts"})
         wanted = [scores.fingerprint, costs.fingerprint, recipe.target.model_dump(), searched, *([self.task.id] if self.known else [])]
         found = self.dir.stage(f"search-{name}", wanted, self._search)
