@@ -1,5 +1,6 @@
 """Blocks in one call against the same layer by layer."""
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,12 +22,16 @@ from gristmill.model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(not kernels.has_tiles(), reason="no AMX")
 NEMOTRON = ModelConfig("nemotron", 50, 64, uniform_blocks(3, 4, 2, 32, 96), 128, init_std=0.1, rotary_fraction=0.5)
+WIDE, NARROW = BlockConfig(4, 2, 32, 96), BlockConfig(4, 1, 32, 32)
+BARE, ATTENDS, EMPTY = BlockConfig(0, 0, 0, 64), BlockConfig(4, 2, 32, 0), BlockConfig(0, 0, 0, 0)
 GEMMA = (BlockConfig(4, 2, 32, 96, 20), BlockConfig(4, 2, 32, 96))
 CONFIGS = {
     "nemotron": NEMOTRON,
     "llama": replace(NEMOTRON, family="llama", rotary_fraction=1.0),
     "gemma": replace(NEMOTRON, family="gemma", rotary_fraction=1.0),
     "windows": replace(NEMOTRON, family="mistral", blocks=GEMMA, rotary_fraction=1.0),
+    "child": replace(NEMOTRON, blocks=(WIDE, BARE, NARROW, ATTENDS, EMPTY, WIDE, BARE)),  # the last has no attention to pick behind
+    "gated child": replace(NEMOTRON, family="llama", blocks=(BARE, NARROW, ATTENDS, WIDE, ATTENDS), rotary_fraction=1.0),
 }
 SHAPE = PackedShape.from_lengths([40, 70, 90, 33, 1], shared=[0, 0, 60, 0, 0])  # 174 tokens: no whole rows of the kernel
 PICKED = torch.tensor([5, 100, 3, 170, 64, 3])  # one of them twice
@@ -38,13 +43,17 @@ def model_of(config: ModelConfig) -> Transformer:
     return model
 
 
-def run(model: Transformer, rows_S: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """States and the gradients of all parameters, a random gradient coming from above."""
+def run(model: Transformer, rows_S: Tensor | None, *, by_layer: tuple[int, ...] | None = None) -> tuple[Tensor, list[Tensor]]:
+    """States and the gradients of all parameters, a random gradient coming from above, and into the states behind some layers."""
     ids_T = torch.randint(0, 50, (SHAPE.num_tokens,), generator=torch.Generator().manual_seed(0))
-    states = model.states(ids_T, SHAPE, rows_S)
-    upstream = torch.randn(states.shape, generator=torch.Generator().manual_seed(1)).to(states.dtype)
+    layers: list[Tensor] | None = None if by_layer is None else []
+    states = model.states(ids_T, SHAPE, rows_S, layers=layers)
+    assert layers is None or (len(layers) == model.config.num_layers and layers[-1] is states)
+    given = [states, *([] if layers is None or by_layer is None else [layers[number] for number in by_layer])]
+    upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1 + i)).to(x.dtype) for i, x in enumerate(given)]
     used = [x for name, x in model.named_parameters() if name.startswith(("embedding", "blocks"))]
-    return states.detach().float(), list(torch.autograd.grad(states, used, upstream))
+    told = states if layers is None else torch.cat(layers)
+    return told.detach().float(), list(torch.autograd.grad(given, used, upstream))
 
 
 def one_by_one() -> Any:
@@ -52,27 +61,32 @@ def one_by_one() -> Any:
 
 
 @pytest.mark.parametrize("rows_S", [None, PICKED], ids=["all", "picked"])
+@pytest.mark.parametrize("by_layer", [None, (), (0,), "all"], ids=str)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_states_and_gradients_are_those_of_the_blocks_one_by_one(family: str, rows_S: Tensor | None) -> None:
+def test_states_and_gradients_are_those_of_the_blocks_one_by_one(family: str, by_layer: Any, rows_S: Tensor | None) -> None:
+    """Of the states behind layers too, of which some or all have a gradient of their own."""
     model = model_of(CONFIGS[family])
+    by_layer = tuple(range(model.config.num_layers - 1)) if by_layer == "all" else by_layer
     assert takes(model)
-    states, grads = run(model, rows_S)
+    states, grads = run(model, rows_S, by_layer=by_layer)
     with one_by_one():
-        layered, layered_grads = run(model, rows_S)
+        layered, layered_grads = run(model, rows_S, by_layer=by_layer)
         model.compute_dtype = torch.float32
-        exact, exact_grads = run(model, rows_S)
+        exact, exact_grads = run(model, rows_S, by_layer=by_layer)
     for ours, theirs, right in zip([states, *grads], [layered, *layered_grads], [exact, *exact_grads], strict=True):
         limit = 1.5 * float((theirs - right).norm()) + 1e-3 * float(right.norm())  # what bf16 costs there
         assert float((ours - right).norm()) <= limit and float(right.norm()) > 0
 
 
 def test_without_a_gradient_nothing_is_kept_and_states_are_the_same() -> None:
-    for rows_S in (None, PICKED):
-        model = model_of(NEMOTRON)
-        states, _ = run(model, rows_S)
+    for rows_S, config in itertools.product((None, PICKED), (NEMOTRON, CONFIGS["child"])):
+        model = model_of(config)
+        states, _ = run(model, rows_S, by_layer=())
         ids_T = torch.randint(0, 50, (SHAPE.num_tokens,), generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(), patch.object(kernels, "Blocks", wraps=kernels.Blocks) as made:
-            assert torch.equal(model.states(ids_T, SHAPE, rows_S).float(), states)
+            layers: list[Tensor] = []
+            model.states(ids_T, SHAPE, rows_S, layers=layers)
+            assert torch.equal(torch.cat(layers).float(), states)
         assert made.call_args.args[-2] is False
 
 
@@ -136,7 +150,7 @@ def hooked(model: Transformer) -> None:
         (replace(NEMOTRON, family="qwen2", rotary_fraction=1.0), None),  # biases
         (replace(NEMOTRON, family="granite", rotary_fraction=1.0, residual_multiplier=0.5), None),
         (replace(NEMOTRON, blocks=uniform_blocks(3, 4, 2, 32, 80)), None),  # no whole tiles
-        (replace(NEMOTRON, blocks=(*NEMOTRON.blocks, BlockConfig(4, 2, 32, 64))), None),  # layers of several sizes
+        (replace(NEMOTRON, blocks=(*NEMOTRON.blocks, BlockConfig(4, 2, 32, 80))), None),  # nor in one layer
         (NEMOTRON, hooked),
         (NEMOTRON, lambda model: add_adapters(model, LoraConfig(rank=4, alpha=8), seed=0)),
         (NEMOTRON, lambda model: setattr(model, "checkpoint_activations", True)),

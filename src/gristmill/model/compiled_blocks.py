@@ -45,7 +45,8 @@ class Tiles:
         return (kernels.Layer * len(self.blocks)).from_buffer_copy(self._layers)
 
     def _layer(self, block: Any) -> kernels.Layer:
-        layer = kernels.Layer(attention_norm=self._norm(block.attention_norm), mlp_norm=self._norm(block.mlp_norm))
+        layer = kernels.Layer(**{name: self._norm(norm) for name, norm in _norms(block).items()})
+        layer.ffn = 0 if block.mlp is None else block.mlp.down.weight.shape[1]
         for name, weight in _matrices(block).items():
             setattr(layer, name, self._weight(weight))
         return layer
@@ -67,27 +68,41 @@ class Tiles:
         return kernels.Weight(columns=columns, rows=rows)
 
 
+def _norms(block: Any) -> dict[str, Any]:
+    """By their names in the kernel's table; none of a half that the block has not."""
+    norms = {"attention_norm": block.attention_norm, "mlp_norm": block.mlp_norm}
+    return {name: norm for name, norm in norms.items() if norm is not None}
+
+
 def _matrices(block: Any) -> dict[str, Tensor]:
     """By their names in the kernel's table; without a gate the up is called so."""
     attention, mlp = block.attention, block.mlp
-    inner = {"gate": mlp.up} if mlp.gate is None else {"gate": mlp.gate, "up": mlp.up}
-    return {name: linear.weight for name, linear in {"qkv": attention.qkv, "output": attention.output, **inner, "down": mlp.down}.items()}
+    linears = {} if attention is None else {"qkv": attention.qkv, "output": attention.output}
+    if mlp is not None:
+        linears |= {"gate": mlp.up} if mlp.gate is None else {"gate": mlp.gate, "up": mlp.up}
+        linears["down"] = mlp.down
+    return {name: linear.weight for name, linear in linears.items()}
 
 
 def _parameters(block: Any) -> list[Tensor]:
-    norms = [parameter for norm in (block.attention_norm, block.mlp_norm) for parameter in (norm.weight, getattr(norm, "bias", None))]
+    norms = [parameter for norm in _norms(block).values() for parameter in (norm.weight, getattr(norm, "bias", None))]
     return [parameter for parameter in (*norms, *_matrices(block).values()) if parameter is not None]
 
 
 def _set_gradients(block: Any, layer: kernels.Layer, gradients: Mapping[Tensor, Tensor], added: set[Tensor]) -> None:
     """Write where the gradients of some parameters go, and which of them are added to what is there."""
-    for norm, into in ((block.attention_norm, layer.attention_norm), (block.mlp_norm, layer.mlp_norm)):
-        bias = getattr(norm, "bias", None)
+    for name, norm in _norms(block).items():
+        into, bias = getattr(layer, name), getattr(norm, "bias", None)
         into.grad_gain, into.adds = kernels.pointer_of(gradients.get(norm.weight)), norm.weight in added
         into.grad_bias = None if bias is None else kernels.pointer_of(gradients.get(bias))
     for name, weight in _matrices(block).items():
         matrix = getattr(layer, name)
         matrix.grad, matrix.adds = kernels.pointer_of(gradients.get(weight)), weight in added
+
+
+def freeze(decoder: Any) -> None:
+    """The weights of a decoder will not change any more: their tiles are made once."""
+    decoder.tiles = Tiles(list(decoder.blocks.values())) if takes(decoder) else None
 
 
 @contextmanager
@@ -113,17 +128,24 @@ def takes(decoder: Any) -> bool:
         return False
     if any(x.requires_grad and x.dtype != torch.float32 for block in blocks for x in block.parameters()):
         return False
-    return all(block.is_plain() for block in blocks) and len({_sizes(block) for block in blocks}) == 1 and _sizes(blocks[0]) is not None
+    if not all(block.is_plain() for block in blocks) or decoder.config.hidden_size % DEPTH:
+        return False
+    return all(size % DEPTH == 0 for block in blocks for weight in _matrices(block).values() for size in weight.shape)
 
 
-def _sizes(block: Any) -> tuple[int, ...] | None:
-    """Sizes of its matrices, where they are made of whole tiles; else None."""
-    sizes = (block.attention.num_heads, *(size for weight in _matrices(block).values() for size in weight.shape))
-    return sizes if all(size % DEPTH == 0 for size in sizes[1:]) else None
+def run(
+    decoder: Any,
+    x_TD: Tensor,
+    angles: Mapping[str, Angles],
+    shape: PackedShape,
+    rows_S: Tensor | None,
+    layers: list[Tensor] | None = None,
+) -> Tensor | None:
+    """States [T, D] behind the blocks, or [S, D] of the tokens at rows_S; None where the kernel does not compute this decoder.
 
-
-def run(decoder: Any, x_TD: Tensor, angles: Mapping[str, Angles], shape: PackedShape, rows_S: Tensor | None) -> Tensor | None:
-    """States [T, D] behind the blocks, or [S, D] of the tokens at rows_S; None where the kernel does not compute this decoder."""
+    Args:
+        layers: gets the states behind every block, those of the last as they are given back.
+    """
     tiles = decoder.tiles
     if tiles is None:
         if not takes(decoder):
@@ -132,7 +154,11 @@ def run(decoder: Any, x_TD: Tensor, angles: Mapping[str, Angles], shape: PackedS
     if shape.gather is not None or not len(x_TD) or (rows_S is not None and not len(rows_S)):
         return None
     in_place = [fused.accumulates(parameter) for parameter in tiles.parameters]
-    return _Blocks.apply(x_TD, tiles, angles, shape, rows_S, torch.is_grad_enabled(), in_place, *tiles.parameters)
+    given = (x_TD, tiles, angles, shape, rows_S, layers is not None, torch.is_grad_enabled(), in_place)
+    *states, out_SD = _Blocks.apply(*given, *tiles.parameters)
+    if layers is not None:
+        layers += [*states, out_SD]
+    return out_SD
 
 
 class _Blocks(torch.autograd.Function):
@@ -146,22 +172,27 @@ class _Blocks(torch.autograd.Function):
         angles: Mapping[str, Angles],
         shape: PackedShape,
         rows_S: Tensor | None,
+        each: bool,
         keeps: bool,
         in_place: Sequence[bool],
         *parameters: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         library = kernels.load()
         assert library is not None
         x_TD, layers, calls = x_TD.contiguous(), tiles.table(), []
+        states = [torch.empty_like(x_TD) for _ in tiles.blocks[1:]] if each else []
+        for layer, state_TD in zip(layers, states, strict=False):
+            layer.states = state_TD.data_ptr()
         for layer, block in zip(layers, tiles.blocks, strict=True):
             attention, config = block.attention, block.config
+            if attention is None:
+                continue
             heads = attention.num_heads, attention.num_kv_heads, attention.head_dim
             calls.append(attention_call(heads, angles[config.rope], shape=shape, mod=block.mod))
             layer.attention = ctypes.addressof(calls[-1])
-        down_DF = tiles.blocks[0].mlp.down.weight
-        sizes = len(layers), len(x_TD), 0 if rows_S is None else len(rows_S), *down_DF.shape
+        sizes = len(layers), len(x_TD), 0 if rows_S is None else len(rows_S), x_TD.shape[1]
         rows_S = None if rows_S is None else rows_S.contiguous()
-        kind = kernels.ACTIVATIONS[tiles.blocks[0].mlp.activation_kind]
+        kind = next((kernels.ACTIVATIONS[block.mlp.activation_kind] for block in tiles.blocks if block.mlp is not None), 0)
         table = kernels.Blocks(ctypes.addressof(layers), kernels.pointer_of(rows_S), *sizes, kind, keeps, torch.get_num_threads())
         memory = torch.empty(library.gristmill_blocks_memory(table), dtype=torch.uint8)
         out = x_TD if rows_S is None else rows_S
@@ -171,14 +202,18 @@ class _Blocks(torch.autograd.Function):
             ctx.save_for_backward(memory)
             ctx.table, ctx.tiles, ctx.in_place, ctx.num_tokens = table, tiles, in_place, len(x_TD)
             ctx.read = layers, calls, angles, shape, rows_S  # what the table points to
-        return out_SD
+            ctx.set_materialize_grads(False)
+        return *states, out_SD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         library, parameters, (memory,) = kernels.load(), ctx.tiles.parameters, ctx.saved_tensors
-        assert library is not None
-        grad_SD = grads[0].contiguous()
+        assert library is not None and grads[-1] is not None
+        grad_SD = grads[-1].contiguous()
+        of_states = [None if grad is None else grad.contiguous() for grad in grads[:-1]]
+        for layer, grad_of_TD in zip(ctx.read[0], of_states, strict=False):
+            layer.grad_states = kernels.pointer_of(grad_of_TD)
         due = [parameter for parameter, needs in zip(parameters, ctx.needs_input_grad[-len(parameters) :], strict=True) if needs]
         in_place = {parameter for parameter, here in zip(parameters, ctx.in_place, strict=True) if here}
         added = {parameter for parameter in in_place if parameter.grad is not None}
@@ -193,4 +228,4 @@ class _Blocks(torch.autograd.Function):
             _set_gradients(block, layer, gradients, added)
         grad_TD = grad_SD.new_empty(ctx.num_tokens, grad_SD.shape[1])
         library.gristmill_blocks_backward(ctx.table, grad_SD.data_ptr(), grad_TD.data_ptr(), memory.data_ptr())
-        return grad_TD, *(None,) * 6, *(made.get(parameter) for parameter in parameters)
+        return grad_TD, *(None,) * 7, *(made.get(parameter) for parameter in parameters)

@@ -127,14 +127,19 @@ class Block(nn.Module):
         self.mlp_post_norm = make_norm(config) if block.has_mlp and post else None
 
     def is_plain(self) -> bool:
-        """Whether it is norm, attention, norm and MLP with nothing between or around, as `compiled_blocks` computes them."""
-        if type(self) is not Block or self.attention is None or self.mlp is None or self.attention_norm is None or self.mlp_norm is None:
+        """Whether it is norm, attention, norm and MLP, or one of the halves, with nothing between or around, as `compiled_blocks` computes
+        them.
+        """
+        halves = (self.attention, self.attention_norm), (self.mlp, self.mlp_norm)
+        if type(self) is not Block or any((half is None) != (norm is None) for half, norm in halves):
             return False
-        linears = (self.attention.qkv, self.attention.output, self.mlp.gate, self.mlp.up, self.mlp.down)
+        linears: list[Linear | None] = [] if self.attention is None else [self.attention.qkv, self.attention.output]
+        linears += [] if self.mlp is None else [self.mlp.gate, self.mlp.up, self.mlp.down]
         bare = [type(one) is Linear and one.bias is None and one.product is None for one in linears if one is not None]
         if self.fused or not all(bare) or any(part._forward_hooks or part._forward_pre_hooks for part in self.modules()):
             return False
-        return self.attention_post_norm is self.mlp_post_norm is self.attention.q_norm is None and self.residual_multiplier == 1
+        norms = (self.attention_post_norm, self.mlp_post_norm, None if self.attention is None else self.attention.q_norm)
+        return norms == (None, None, None) and self.residual_multiplier == 1
 
     def qkv(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, projection and rotation: queries [T, H, d], keys [T, K, d], values [T, K, d]."""
@@ -289,7 +294,7 @@ class Transformer(nn.Module):
             ids_T, shape, rows_S = self.context.tokens(ids_T, shape, rows_S)
         angles = self.rope(shape.positions_T)
         x_TD = self.embed(ids_T) if self.incoming_TD is None else self.incoming_TD
-        if layers is None and (compiled_SD := compiled_blocks.run(self, x_TD, angles, shape, rows_S)) is not None:
+        if (compiled_SD := compiled_blocks.run(self, x_TD, angles, shape, rows_S, layers)) is not None:
             return compiled_SD
         for number, block in self.blocks.items():
             layer = self.config.blocks[int(number)]

@@ -52,7 +52,8 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, Norm) for name in ("attention_norm", "mlp_norm")),
         *((name, Weight) for name in ("qkv", "output", "gate", "up", "down")),
-        ("attention", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("attention", "states", "grad_states")),
+        ("ffn", ctypes.c_int64),
     ]
 
 
@@ -61,7 +62,7 @@ class Blocks(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("layers", "picked")),
-        *((name, ctypes.c_int32) for name in ("num_blocks", "tokens", "num_picked", "hidden", "ffn", "activation", "keeps", "threads")),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "tokens", "num_picked", "hidden", "activation", "keeps", "threads")),
     ]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from gristmill.core.errors import InputError
+from gristmill.model.compiled_blocks import freeze
 from gristmill.model.config import ModelConfig
 from gristmill.model.transformer import Transformer
 from gristmill.train.batches import TokenBatch
@@ -26,7 +27,7 @@ class DistillationObjective:
     """Global distillation on packed documents, a mean over their trained targets.
 
     Attributes:
-        teacher: in the type that it computes in; it gets no gradient.
+        teacher: in the type that it computes in; it gets no gradient, and does not change.
         identity: fingerprint of the teacher, for checkpoints.
         loss: its terms, each with weight 1: `cosine` of the states behind every layer, `kl` from the teacher, `lm` (cross-entropy).
         layers: the teacher's layer that each of the student's layers stands for; none: they pair in order.
@@ -40,6 +41,7 @@ class DistillationObjective:
     def __post_init__(self) -> None:
         if self.loss not in get_args(DistillationLoss):
             raise InputError(f"loss is {self.loss!r}; choose one of {', '.join(get_args(DistillationLoss))}")
+        freeze(self.teacher)
 
     def __call__(self, model: Transformer, batch: TokenBatch) -> LossOutput:
         terms, rows_R = self.loss.split("+"), batch.rows_R
