@@ -1,4 +1,4 @@
-"""Training speed and memory beside TRL: SFT, DPO and reward models on one CPU thread.
+"""Training speed and memory beside TRL: SFT, DPO, reward models and knowledge distillation on one CPU thread.
 
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --steps 3 --repeats 3
     PYTHONPATH=src python bench/train.py --trl-python TRL_VENV/bin/python --shape 135m
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,10 +25,12 @@ from typing import Any
 
 import numpy as np
 
-TASKS = ("sft", "dpo", "reward")
+TASKS = ("sft", "dpo", "reward", "distil")
 CHECKED = 8  # conversations whose logits are compared, at most
 MAX_TOKENS = 1024
 LEARNING_RATE, BETA, CLIP = 2e-5, 0.1, 1.0
+SHARPENED = 5.0  # of the teacher's logits, every second one
+MAX_DIFFERENCE = {"fp32": 2e-4, "bf16": 2e-3}  # of both sides' KL in the first step, relative
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,10 @@ class Shape:
 
 
 SHAPES = {
-    "8m": Shape("nemotron", 4096, 256, (8, 4, 2, 64, 1024), {"sft": 2.0, "dpo": 4.0, "reward": 3.0}, 1.0, 2, 8),
-    "135m": Shape("llama", 49152, 576, (30, 9, 3, 64, 1536), {"sft": 2.6, "dpo": 4.0, "reward": 3.0}, 0.6, 1, 2),  # SmolLM2-135M's
+    "8m": Shape("nemotron", 4096, 256, (8, 4, 2, 64, 1024), {"sft": 2.0, "dpo": 4.0, "reward": 3.0, "distil": 2.0}, 1.0, 2, 8),
+    "135m": Shape(  # SmolLM2-135M's
+        "llama", 49152, 576, (30, 9, 3, 64, 1536), {"sft": 2.6, "dpo": 4.0, "reward": 3.0, "distil": 2.0}, 0.6, 1, 2
+    ),
 }
 PAD, BOS, EOS, USER, ASSISTANT, END_OF_TURN = range(6)
 FIRST_WORD = 16
@@ -97,7 +102,7 @@ def make_pairs(num: int, seed: int, vocab_size: int) -> list[dict[str, list[int]
 
 def count_tokens(task: str, rows: list[dict[str, list[int]]]) -> int:
     """Real tokens, padding not counted, whoever computes them. A pair counts its prompt twice: each answer is read after it."""
-    if task == "sft":
+    if task in ("sft", "distil"):
         return sum(len(row["ids"]) for row in rows)
     return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
 
@@ -116,23 +121,45 @@ def _our_model(shape: Shape) -> Any:
     return Transformer(ModelConfig(shape.family, shape.vocab_size, shape.hidden_size, blocks, **kwargs))
 
 
-def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
-    """Write the data, the model as a Hugging Face folder, and our logits of a packed batch."""
+def _our_teacher(shape: Shape) -> Any:
+    """The teacher: the shape with other weights, in fp32. Half of its logits are sharper, so that the reverse KL is another number."""
     import torch
+
+    teacher = _our_model(shape)
+    teacher.init_weights(1)
+    with torch.no_grad():
+        teacher.unembedding()[::2] *= SHARPENED
+    return teacher
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Write a model as a Hugging Face folder."""
     from safetensors.torch import save_file
 
     from gristmill.model.hf_config import to_hf
     from gristmill.model.hf_tensors import hf_tensors
-    from gristmill.model.packed import PackedShape
 
-    conversations = make_conversations(num, seed, shape.vocab_size)
-    (folder / "sft.json").write_text(json.dumps(conversations))
-    for task in ("dpo", "reward"):
-        (folder / f"{task}.json").write_text(json.dumps(make_pairs(num, seed, shape.vocab_size)))
-    model = _our_model(shape)
+    folder.mkdir(exist_ok=True)
     save_file({name: tensor.clone() for name, tensor in hf_tensors(model).items()}, folder / "model.safetensors", {"format": "pt"})
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(to_hf(model.config) | special))
+
+
+def prepare(shape: Shape, folder: Path, num: int, *, seed: int, tasks: Sequence[str] = ()) -> None:
+    """Write the data, the model as a Hugging Face folder (for distil the teacher too), and our logits of a packed batch."""
+    import torch
+
+    from gristmill.model.packed import PackedShape
+
+    conversations = make_conversations(num, seed, shape.vocab_size)
+    for task in ("sft", "distil"):
+        (folder / f"{task}.json").write_text(json.dumps(conversations))
+    for task in ("dpo", "reward"):
+        (folder / f"{task}.json").write_text(json.dumps(make_pairs(num, seed, shape.vocab_size)))
+    model = _our_model(shape)
+    _save(model, folder)
+    if "distil" in tasks:
+        _save(_our_teacher(shape), folder / "teacher")
     documents = [row["ids"] for row in conversations[:CHECKED]]
     with torch.no_grad():
         logits_TV = model(torch.tensor(sum(documents, [])), PackedShape.from_lengths([len(ids) for ids in documents]))
@@ -141,8 +168,13 @@ def prepare(shape: Shape, folder: Path, num: int, *, seed: int) -> None:
 
 def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batch: int, warm: bool, precision: str) -> dict[str, Any]:
     """``gristmill.train.trainer.train``, as it is, on our kind of samples."""
+    import torch
+
+    from gristmill.model.hf import set_dtypes
     from gristmill.model.reward import RewardModel
+    from gristmill.model.transformer import TRAINING_PRECISIONS
     from gristmill.train.batches import PairSample, RatedSample, Sample
+    from gristmill.train.objectives.distillation import DistillationObjective
     from gristmill.train.objectives.preference import PreferenceObjective, compute_reference_logprobs
     from gristmill.train.objectives.reward import reward_objective
     from gristmill.train.objectives.sft import sft_objective
@@ -154,8 +186,13 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batc
     model = _our_model(shape)
     result: dict[str, Any] = {"imports_rss_mib": peak_rss_mib()}
     batch_size, objective, samples = batch, sft_objective, []
-    if task == "sft":
+    if task in ("sft", "distil"):
         samples = [Sample(row["ids"], row["mask"]) for row in rows]
+        if task == "distil":
+            teacher = _our_teacher(shape).requires_grad_(False)
+            teacher.compute_dtype = TRAINING_PRECISIONS[precision]
+            set_dtypes(teacher, teacher.compute_dtype, torch.float32)  # as `gristmill train distill` loads it
+            objective = DistillationObjective(teacher, "teacher", "kl")
     elif task == "dpo":
         pairs = [PairSample(side(row, "chosen"), side(row, "rejected")) for row in rows]
         start = time.process_time()
@@ -169,7 +206,14 @@ def train_gristmill(shape: Shape, task: str, rows: list[dict[str, Any]], *, batc
                 ids = row["prompt"] + row[name]
                 samples.append(RatedSample(ids, len(ids) - 1, row[f"{name}_ratings"], prompt=str(number)))
     settings = TrainSettings(
-        lr=LEARNING_RATE, schedule="constant", epochs=1 + warm, batch_size=batch_size, weight_decay=0.0, clip=CLIP, precision=precision
+        lr=LEARNING_RATE,
+        schedule="constant",
+        epochs=1 + warm,
+        batch_size=batch_size,
+        weight_decay=0.0,
+        clip=CLIP,
+        precision=precision,
+        shuffle=task != "distil",  # so that both sides' first steps are the same conversations, and their losses can be compared
     )
     losses: list[float] = []
 
@@ -292,8 +336,7 @@ def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder:
     kind = getattr(transformers, shape.causal.replace("CausalLM", "SequenceClassification") if task == "reward" else shape.causal)
     extra = {"num_labels": 1} if task == "reward" else {}
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa", **extra)
-    if task == "sft":
-        args = trl.SFTConfig(packing=True, packing_strategy="bfd", **common)
+    if task in ("sft", "distil"):
         data = [
             {
                 "input_ids": row["ids"],
@@ -301,7 +344,29 @@ def _trl_trainer(shape: Shape, task: str, rows: list[dict[str, Any]], *, folder:
             }
             for row in rows
         ]
+    if task == "sft":
+        args = trl.SFTConfig(packing=True, packing_strategy="bfd", **common)
         return trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(data), processing_class=_tokenizer(shape))
+    if task == "distil":
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        # Its forward pass gets no positions, so it cannot be packed: one conversation after another, or most of a batch would be padding.
+        alone = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch}
+        # beta 0 is KL(teacher || student); lmbda 0: on the given answers alone.
+        args = GKDConfig(lmbda=0.0, beta=0.0, temperature=1.0, seq_kd=False, train_sampling_strategy="sequential", **common | alone)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        teacher = kind.from_pretrained(folder / "teacher", dtype=dtype, attn_implementation="sdpa")
+        tokenizer = _tokenizer(shape)
+        return GKDTrainer(
+            model,
+            teacher,
+            args,
+            # its default collator would train on the last turn alone
+            data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+        )
     if task == "dpo":
         args = trl.DPOConfig(precompute_ref_log_probs=True, beta=BETA, **common)
         data = [
@@ -318,6 +383,7 @@ def _tokens_of(task: str, dataset: Any) -> int:
     """Tokens in the trainer's own data, as ``count_tokens`` counts."""
     names = {
         "sft": ["input_ids"],
+        "distil": ["input_ids"],
         "dpo": ["prompt_ids", "prompt_ids", "chosen_ids", "rejected_ids"],
         "reward": ["chosen_ids", "rejected_ids"],
     }
@@ -331,6 +397,9 @@ def train_trl(
     import datasets
     from transformers import TrainerCallback
     from trl import DPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401 (imported on first use, which is to be no part of a figure)
+
+    if task == "distil":
+        from trl.experimental.gkd import GKDTrainer  # noqa: F401
 
     datasets.disable_progress_bars()
     result: dict[str, Any] = {"imports_rss_mib": peak_rss_mib()}
@@ -421,7 +490,8 @@ def measure(shape: Shape, trainer: str, task: str, *, folder: Path, batch: int, 
     else:
         result = train_trl(shape, task, rows, folder=folder, batch=batch, warm=warm, precision=precision)
     losses = result.pop("losses")
-    work = {"sft": "assistant turns", "dpo": "pairs"}.get(task, "five ratings of both answers" if trainer == "gristmill" else "pairs")
+    rated = "five ratings of both answers" if trainer == "gristmill" else "pairs"
+    work = {"sft": "assistant turns", "distil": "assistant turns", "dpo": "pairs", "reward": rated}[task]
     return {
         "trainer": trainer,
         "task": task,
@@ -456,7 +526,7 @@ def _child(python: str, folder: Path, *job: str) -> dict[str, Any]:
 def _run_job(options: argparse.Namespace) -> None:
     job, shape, folder = options.job, SHAPES[options.shape], options.folder
     if job[0] == "prepare":
-        prepare(shape, folder, options.steps * options.batch, seed=options.seed)
+        prepare(shape, folder, options.steps * options.batch, seed=options.seed, tasks=options.tasks)
         answer: dict[str, Any] = {"precision": options.precision or _fastest_precision()}
     elif job[0] == "check":
         answer = check_weights(shape, folder)
@@ -496,9 +566,18 @@ def summarize(shape: Shape, results: list[dict[str, Any]]) -> dict[str, Any]:
         if task == "dpo":
             of = {name: statistics.median(run["reference_cpu_seconds"] for run in part) for name, part in runs.items()}
             tasks[task]["reference_cpu_seconds"] = of
+        if task == "distil":
+            tasks[task]["first_kl"] = {name: [run["loss_first_last"][0] for run in of] for name, of in runs.items()}
         if task == "reward":
             tasks[task]["compared"] = "five-attribute regression on both answers of a pair with TRL's pairwise trainer: the same tokens"
     return tasks
+
+
+def check_first_losses(precision: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """End the run where the first steps, on the same conversations and weights, have another mean KL of their targets."""
+    first = [run["loss_first_last"][0] for run in (theirs, ours)]
+    if abs(first[0] - first[1]) > MAX_DIFFERENCE[precision] * max(first):
+        sys.exit(f"The first step's KL is {first[0]} there and {first[1]} here, so there is nothing to compare.")
 
 
 def _has_trl(python: str) -> bool:
@@ -541,6 +620,7 @@ def main() -> None:
             given = ["--shape", options.shape, "--batch", str(options.batch), *(["--warm"] if options.warm else [])]
             wanted = ["--steps", str(options.steps), "--seed", str(repeat), *given]
             wanted += ["--precision", options.precision] if options.precision else []
+            wanted += ["--tasks", *options.tasks]
             options.precision = _child(sys.executable, folder, "prepare", *wanted)["precision"]
             given += ["--precision", options.precision]
             check = _child(options.trl_python, folder, "check", *given)
@@ -551,6 +631,8 @@ def main() -> None:
                 for trainer in ("trl", "gristmill"):
                     results.append(_child(python[trainer], folder, trainer, task, *given))
                     print(json.dumps(results[-1]), flush=True)
+                if task == "distil":
+                    check_first_losses(options.precision, *results[-2:])
         versions = {trainer: _child(python[trainer], folder, "versions", trainer) for trainer in python}
     chosen = {name: getattr(options, name) for name in ("shape", "precision", "steps", "batch", "warm", "repeats")}
     print(json.dumps({"summary": chosen | {"versions": versions, "tasks": summarize(SHAPES[options.shape], results)}}))
