@@ -4,6 +4,7 @@ A model of random weights is served in which every layer but the first has the v
 difference, divided by the layers, is the variant's. So it holds at this batch and these lengths alone, which are kept with it.
 """
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -75,11 +76,16 @@ class Meter:
         self._engines[name] = engine
 
     def round(self, seed: int) -> dict[str, float]:
-        """Measure each model once, in an order that turns round by round."""
+        """Measure each model once, in an order that turns round by round; Python's collector waits, which may take as long as a model."""
         names = list(self._engines)
         shift = seed % len(names)
         clock = time.process_time if all(map(self._is_alone, self._engines.values())) else time.perf_counter
-        return {name: self._seconds(self._engines[name], seed, clock) for name in names[shift:] + names[:shift]}
+        gc.collect()
+        gc.disable()
+        try:
+            return {name: self._seconds(self._engines[name], seed, clock) for name in names[shift:] + names[:shift]}
+        finally:
+            gc.enable()
 
     def _is_alone(self, engine: Engine) -> bool:
         """Whether a single thread of a processor computes this model."""
