@@ -197,7 +197,7 @@ class Engine:
 
     def useful_workers(self, num_in_flight: int) -> int:
         """Workers that finish so many requests soonest: of few rows a step takes Python longer than the processor, and one is best."""
-        return max(1, min(self.num_workers, num_in_flight * self._num_parameters // STEP_PRODUCTS))
+        return max(1, min(self.num_workers, num_in_flight, num_in_flight * self._num_parameters // STEP_PRODUCTS))
 
     def add_adapter(self, name: str, adapter: Adapter) -> None:
         """Load a LoRA adapter, which requests then name. Those that are under way keep the one they began with.
