@@ -94,6 +94,16 @@ def test_echo_alone_prints(path: Path) -> None:
             assert not printed or "sandbox" in path.parts, f"{path}:{node.lineno}: {name} prints foreign text raw; use core.echo.echo"
 
 
+def test_what_c_keeps_for_a_pipe_is_dropped_too() -> None:
+    program = (
+        "import ctypes; from gristmill.core.echo import silenced; c = ctypes.CDLL(None)\n"
+        "c.printf(b'before ')\nwith silenced(1): c.printf(b'meanwhile ')\nc.printf(b'after')"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=buffered)
+    assert out.stdout == "before after"
+
+
 def test_what_libraries_print_past_python_is_dropped(capfd: pytest.CaptureFixture[str]) -> None:
     with silenced(1):
         os.write(1, b"from a library\n")

@@ -90,6 +90,33 @@ def test_without_a_gradient_nothing_is_kept_and_states_are_the_same() -> None:
         assert made.call_args.args[-2] is False
 
 
+def test_states_behind_a_layer_may_have_the_only_gradient() -> None:
+    def gradient() -> Tensor:
+        model, layers = model_of(CONFIGS["child"]), list[Tensor]()
+        model.states(torch.arange(SHAPE.num_tokens) % 50, SHAPE, PICKED, layers=layers)
+        layers[1].float().square().sum().backward()
+        grad = model.get_parameter("blocks.0.mlp.down.weight").grad
+        assert grad is not None
+        return grad
+
+    ours = gradient()
+    with one_by_one():
+        right = gradient()
+    assert float((ours - right).norm()) < 0.05 * float(right.norm())
+
+
+def test_frozen_tiles_are_for_bf16_alone() -> None:
+    model = model_of(NEMOTRON)
+    expected, _ = run(model, None)
+    compiled_blocks.freeze(model)
+    assert torch.equal(run(model, None)[0], expected)
+    model.compute_dtype = torch.float32
+    states, _ = run(model, None)
+    with one_by_one():
+        model.tiles = None
+        assert torch.equal(run(model, None)[0], states)
+
+
 def test_gradients_are_added_in_place() -> None:
     model = model_of(NEMOTRON)
     blocks = [x for name, x in model.named_parameters() if name.startswith("blocks")]

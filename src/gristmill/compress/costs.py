@@ -80,12 +80,14 @@ class Meter:
         names = list(self._engines)
         shift = seed % len(names)
         clock = time.process_time if all(map(self._is_alone, self._engines.values())) else time.perf_counter
+        collects = gc.isenabled()
         gc.collect()
         gc.disable()
         try:
             return {name: self._seconds(self._engines[name], seed, clock) for name in names[shift:] + names[:shift]}
         finally:
-            gc.enable()
+            if collects:
+                gc.enable()
 
     def _is_alone(self, engine: Engine) -> bool:
         """Whether a single thread of a processor computes this model."""

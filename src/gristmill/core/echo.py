@@ -4,6 +4,7 @@ Names, answers, errors and paths may come from a model or a stranger. Raw, they 
 (OSC 52) or turn the order of a line round.
 """
 
+import ctypes
 import os
 import re
 import sys
@@ -73,12 +74,15 @@ def guarded_stderr() -> Iterator[None]:
 @contextmanager
 def silenced(descriptor: int) -> Iterator[None]:
     """Drop what a library writes meanwhile to standard output (1) or standard error (2), past Python."""
+    flush = ctypes.CDLL(None).fflush  # C keeps what goes into a pipe, and would write it later
     with _FILES:
+        flush(None)
         kept, nowhere = os.dup(descriptor), os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
         try:
             yield
         finally:
+            flush(None)
             os.dup2(kept, descriptor)
             os.close(kept)
             os.close(nowhere)

@@ -71,7 +71,7 @@ def workers(count: int) -> Iterator[Map]:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """One thread inside torch meanwhile; those that come and go in any order leave as many as there were before the first."""
+    """One thread inside torch meanwhile. Those of one Python thread may end in any order, and leave as many as there were at first."""
     global _num_alone, _num_before
     with _COUNTING:
         if not _num_alone:

@@ -151,6 +151,8 @@ def run(
         if not takes(decoder):
             return None
         tiles = Tiles(list(decoder.blocks.values()))
+    if x_TD.dtype != torch.bfloat16:  # of a decoder that computes in another type since its tiles were made
+        return None
     if shape.gather is not None or not len(x_TD) or (rows_S is not None and not len(rows_S)):
         return None
     in_place = [fused.accumulates(parameter) for parameter in tiles.parameters]
@@ -202,15 +204,16 @@ class _Blocks(torch.autograd.Function):
             ctx.save_for_backward(memory)
             ctx.table, ctx.tiles, ctx.in_place, ctx.num_tokens = table, tiles, in_place, len(x_TD)
             ctx.read = layers, calls, angles, shape, rows_S  # what the table points to
-            ctx.set_materialize_grads(False)
+            ctx.shape_SD = out_SD.shape
+            ctx.set_materialize_grads(False)  # most states have none
         return *states, out_SD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         library, parameters, (memory,) = kernels.load(), ctx.tiles.parameters, ctx.saved_tensors
-        assert library is not None and grads[-1] is not None
-        grad_SD = grads[-1].contiguous()
+        assert library is not None
+        grad_SD = torch.zeros(ctx.shape_SD, dtype=torch.bfloat16) if grads[-1] is None else grads[-1].contiguous()
         of_states = [None if grad is None else grad.contiguous() for grad in grads[:-1]]
         for layer, grad_of_TD in zip(ctx.read[0], of_states, strict=False):
             layer.grad_states = kernels.pointer_of(grad_of_TD)

@@ -132,8 +132,9 @@ def _add_onehot(grad_SV: Tensor, targets_S1: Tensor, values_S1: Tensor) -> Tenso
 
 
 class _ChunkGradients:
-    """Gradients of a sum over rows of logits, made in the forward pass, chunk by chunk: the logits of one chunk are freed before the next
-    is made, and none is computed twice.
+    """Gradients of a sum over rows of logits, made in the forward pass, chunk by chunk.
+
+    The logits of one chunk are freed before the next is made, and none is computed twice.
 
     Where the weight's gradient is added in place, that of the last chunk's logits waits for the backward pass: nothing as large as
     the weight lies in between.

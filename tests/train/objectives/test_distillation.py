@@ -40,7 +40,7 @@ def samples() -> list[Sample]:
     return [Sample(rng.integers(0, 80, size=n), np.arange(n) > 2, str(n)) for n in (12, 20, 9, 31)]
 
 
-@pytest.mark.parametrize(("cap", "teacher_cap"), [(None, None), (3.0, 5.0)])
+@pytest.mark.parametrize(("cap", "teacher_cap"), [(None, None), (3.0, 5.0), (None, 5.0), (3.0, None)])
 @pytest.mark.parametrize("num_rows", [0, 7, 1500])
 def test_the_chunked_divergence_and_its_gradients_are_those_of_torch(num_rows: int, cap: float | None, teacher_cap: float | None) -> None:
     """Student and teacher of other widths; more rows than a chunk holds."""
@@ -62,6 +62,13 @@ def test_the_chunked_divergence_and_its_gradients_are_those_of_torch(num_rows: i
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     for mine, theirs in zip(*(torch.autograd.grad(2 * loss, [hidden_RD, weight_VD]) for loss in (found, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_teacher_may_compute_in_another_type() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_RD, weight_VD, teacher_RE, teacher_VE = (torch.randn(*shape, generator=generator) for shape in ((7, 8), (50, 8)) * 2)
+    found = kl_divergence_sum(hidden_RD, weight_VD, teacher_RE.bfloat16(), teacher_VE)
+    torch.testing.assert_close(found, kl_divergence_sum(hidden_RD, weight_VD, teacher_RE, teacher_VE), rtol=0.05, atol=0.0)
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(samples: list[Sample]) -> None:

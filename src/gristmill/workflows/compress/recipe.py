@@ -32,7 +32,7 @@ class Calibration(Section):
 
     @property
     def num_draws(self) -> int:
-        """Prompts that are drawn of a world for the text: of the miniature's half are different, of 80 tokens with their answers."""
+        """Prompts that are drawn of a world for the text: of 120,000 of the miniature's half are different, with answers of 80 tokens."""
         return 1 + (self.tokens + self.validation_tokens) // TOKENS_A_DRAW
 
 
