@@ -65,10 +65,10 @@ def test_a_worker_is_filled_before_another_begins(tiny_base: Path, monkeypatch: 
     model, tokenizer = load_model(tiny_base)
     rows = sum(p.numel() for p in model.parameters())
 
-    def loads(step_rows: int, max_batch: int) -> list[list[int]]:
+    def loads(step_rows: int, max_batch: int, num_workers: int = 2) -> list[list[int]]:
         monkeypatch.setattr(engine_module, "STEP_PRODUCTS", step_rows * rows)
         engine = Engine(model, tokenizer, FORMATS["nemotron"], name="tiny", max_batch=max_batch)
-        engine.num_workers = 2
+        engine.num_workers = num_workers
         waiting = AsyncEngine(engine, lambda some: None)  # it is not started, so nothing ends
         out = []
         for one in REQUESTS:  # of two samples each
@@ -78,4 +78,5 @@ def test_a_worker_is_filled_before_another_begins(tiny_base: Path, monkeypatch: 
 
     assert loads(4, 100) == [[2, 0], [4, 0], [6, 0], [6, 2], [6, 4]]
     assert loads(4, 8) == [[2, 0], [4, 0], [4, 2], [4, 4], [6, 4]]
+    assert loads(3, 9, 3)[:3] == [[2, 0, 0], [2, 2, 0], [2, 2, 2]], "three slots hold no two requests"
     assert loads(5, 8) == [[2], [4], [6], [8], [10]], "so few slots are one worker's"

@@ -105,6 +105,14 @@ def test_states_behind_a_layer_may_have_the_only_gradient() -> None:
     assert float((ours - right).norm()) < 0.05 * float(right.norm())
 
 
+def test_blocks_without_anything_give_back_what_they_get() -> None:
+    model = model_of(replace(NEMOTRON, blocks=(EMPTY, EMPTY)))
+    ids_T = torch.arange(SHAPE.num_tokens) % 50
+    states = model.states(ids_T, SHAPE)
+    states.sum().backward()
+    assert torch.equal(states, model.embed(ids_T)) and model.embedding.grad is not None
+
+
 def test_frozen_tiles_are_for_bf16_alone() -> None:
     model = model_of(NEMOTRON)
     expected, _ = run(model, None)

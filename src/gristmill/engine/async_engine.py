@@ -79,6 +79,8 @@ class AsyncEngine:
         slots = self.engine.max_batch // len(self.workers)
         filled = self.workers[: max(self.engine.useful_workers(count), -(-count // slots))]
         worker = min(filled, key=lambda one: one.load)
+        if worker.load + len(state.completions) > slots:  # samples stay together, so what is free may lie in parts
+            worker = min(self.workers, key=lambda one: one.load)
         worker.add_load(len(state.completions))
         worker.inbox.put((state, True))
 

@@ -217,7 +217,8 @@ class _Blocks(torch.autograd.Function):
         of_states = [None if grad is None else grad.contiguous() for grad in grads[:-1]]
         for layer, grad_of_TD in zip(ctx.read[0], of_states, strict=False):
             layer.grad_states = kernels.pointer_of(grad_of_TD)
-        due = [parameter for parameter, needs in zip(parameters, ctx.needs_input_grad[-len(parameters) :], strict=True) if needs]
+        needed = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(parameters) :]
+        due = [parameter for parameter, needs in zip(parameters, needed, strict=True) if needs]
         in_place = {parameter for parameter, here in zip(parameters, ctx.in_place, strict=True) if here}
         added = {parameter for parameter in in_place if parameter.grad is not None}
         for parameter in in_place - added:
