@@ -100,15 +100,15 @@ def _set_gradients(block: Any, layer: kernels.Layer, gradients: Mapping[Tensor, 
         matrix.grad, matrix.adds = kernels.pointer_of(gradients.get(weight)), weight in added
 
 
-def freeze(decoder: Any) -> None:
-    """The weights of a decoder will not change any more: their tiles are made once."""
-    decoder.tiles = Tiles(list(decoder.blocks.values())) if takes(decoder) else None
+def freeze(decoder: Any, each: Map = alone) -> None:
+    """The weights of a decoder will not change any more: their tiles are made once, by the workers of a map, and all threads read them."""
+    decoder.tiles = Tiles(list(decoder.blocks.values()), each) if takes(decoder) else None
 
 
 @contextmanager
 def unchanged(decoder: Any, each: Map = alone) -> Iterator[None]:
-    """Meanwhile the weights of a decoder do not change: their tiles are made once, by the workers of a map, and all threads read them."""
-    decoder.tiles = Tiles(list(decoder.blocks.values()), each) if takes(decoder) else None
+    """As `freeze`, for as long as the context lasts."""
+    freeze(decoder, each)
     try:
         yield
     finally:

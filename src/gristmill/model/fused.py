@@ -167,8 +167,8 @@ def softmax_gradient(logits_RV: Tensor, statistics_R2: Tensor, targets_R: Tensor
     library.gristmill_softmax_backward(*(x.data_ptr() for x in tensors), *numbers)
 
 
-def kl_divergence(logits_RV: Tensor, teacher_RV: Tensor, num_real: int, *, keeps: bool) -> Tensor | None:
-    """KL(teacher || student) of each row [R] from the logits of both; 0 of those from `num_real` on. None where there is no kernel for it.
+def kl_divergence(logits_RV: Tensor, teacher_RV: Tensor, *, keeps: bool) -> Tensor | None:
+    """KL(teacher || student) of each row [R] from the logits of both; None where there is no kernel for them.
 
     Args:
         keeps: its gradient in the student's logits takes their place.
@@ -178,7 +178,7 @@ def kl_divergence(logits_RV: Tensor, teacher_RV: Tensor, num_real: int, *, keeps
         return None
     kl_R = torch.empty(len(logits_RV))
     pointers = (x.data_ptr() for x in (logits_RV, statistics_R2, teacher_RV, of_teacher_R2, kl_R))
-    sizes = *logits_RV.shape, num_real, logits_RV.stride(0), teacher_RV.stride(0)
+    sizes = *logits_RV.shape, logits_RV.stride(0), teacher_RV.stride(0)
     library.gristmill_kl_divergence(*pointers, *sizes, keeps, kernels.TYPES[logits_RV.dtype], torch.get_num_threads())
     return kl_R
 

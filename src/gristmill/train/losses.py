@@ -384,9 +384,9 @@ def token_logprobs(hidden_RD: Tensor, weight_VD: OutputMatrix, targets_R: Tensor
     return _TokenLogprobs.apply(*_prepare(hidden_RD, weight_VD, targets_R), cap)[:num_rows]
 
 
-# The sum of KL(teacher || student) over the rows of a chunk, of which so many are no padding, from the student's logits and their soft cap.
-# The gradient in the logits takes their place if there shall be one.
-_Teacher = Callable[[slice, Tensor, int, float | None, bool], Tensor]
+# KL(teacher || student) of each row of a chunk, from the student's logits and their soft cap. The gradient in the logits takes their place,
+# if there shall be one. That of padding, whose states are zeros, reaches nothing.
+_Teacher = Callable[[slice, Tensor, float | None, bool], Tensor]
 
 
 class _KlSum(torch.autograd.Function):
@@ -408,7 +408,7 @@ class _KlSum(torch.autograd.Function):
         gradients = _ChunkGradients(hidden_RD, weight_VD, into_VD, step, need_grad=need_grad, of_weight=ctx.needs_input_grad[1])
         for chunk in _slices(len(hidden_RD), step):
             logits_CV = _logits(hidden_RD[chunk], weight_VD)
-            total += teacher(chunk, logits_CV, max(0, num_rows - chunk.start), cap, need_grad)
+            total += teacher(chunk, logits_CV, cap, need_grad)[: max(0, num_rows - chunk.start)].sum()
             gradients.add(chunk, logits_CV)
         gradients.save(ctx)
         return total
@@ -420,36 +420,25 @@ class _KlSum(torch.autograd.Function):
 
 
 def _whole_teacher(
-    teacher_RE: Tensor,
-    teacher_VE: Tensor,
-    teacher_cap: float | None,
-    chunk: slice,
-    logits_CV: Tensor,
-    num_real: int,
-    cap: float | None,
-    keeps: bool,
+    teacher_RE: Tensor, teacher_VE: Tensor, teacher_cap: float | None, chunk: slice, logits_CV: Tensor, cap: float | None, keeps: bool
 ) -> Tensor:
     teacher_CV = _logits(teacher_RE[chunk], teacher_VE)
-    if cap is None and teacher_cap is None and (kl_C := fused.kl_divergence(logits_CV, teacher_CV, num_real, keeps=keeps)) is not None:
-        return kl_C.sum()
-    total = teacher_RE.new_zeros((), dtype=torch.float32)
+    if cap is None and teacher_cap is None and (kl_C := fused.kl_divergence(logits_CV, teacher_CV, keeps=keeps)) is not None:
+        return kl_C
+    kl = []
     for rows in _softmax_slices(logits_CV):
-        real = max(0, num_real - rows.start)
         (log_q_SV, slope_SV), (log_p_SV, _) = _log_softmax(logits_CV[rows], cap), _log_softmax(teacher_CV[rows], teacher_cap)
         p_SV = log_p_SV.exp()
-        total += (p_SV * log_p_SV.sub_(log_q_SV))[:real].sum()
+        kl.append((p_SV * log_p_SV.sub_(log_q_SV)).sum(1))
         if keeps:  # d KL / d logits = q - p
-            _keep_gradient(logits_CV[rows], log_q_SV.exp_().sub_(p_SV), slope_SV, real)
-    return total
+            _keep_gradient(logits_CV[rows], log_q_SV.exp_().sub_(p_SV), slope_SV)
+    return torch.cat(kl)
 
 
-def _top_of_teacher(
-    ids_RK: Tensor, logprobs_RK: Tensor, chunk: slice, logits_CV: Tensor, num_real: int, cap: float | None, keeps: bool
-) -> Tensor:
+def _top_of_teacher(ids_RK: Tensor, logprobs_RK: Tensor, chunk: slice, logits_CV: Tensor, cap: float | None, keeps: bool) -> Tensor:
     """Over K tokens of a teacher, and all others as one. In the gradient the teacher's rest is spread as the student's is."""
-    total = logprobs_RK.new_zeros((), dtype=torch.float32)
+    kl = []
     for rows in _softmax_slices(logits_CV):
-        real = max(0, num_real - rows.start)
         log_q_SV, slope_SV = _log_softmax(logits_CV[rows], cap)
         ids_SK, log_p_SK = ids_RK[chunk][rows], logprobs_RK[chunk][rows]
         p_SK, log_q_SK = log_p_SK.exp(), log_q_SV.gather(1, ids_SK)
@@ -457,16 +446,15 @@ def _top_of_teacher(
         student_rest_S1 = log_q_SV.scatter(1, ids_SK, -math.inf).logsumexp(1, keepdim=True)
         ratio_S1 = torch.where(rest_S1 > 0, rest_S1.log() - student_rest_S1, -math.inf)  # log (p / q) of the rest
         of_rest_S1 = torch.where(rest_S1 > 0, rest_S1 * ratio_S1, 0.0)
-        total += (p_SK * (log_p_SK - log_q_SK))[:real].sum() + of_rest_S1[:real].sum()
+        kl.append((p_SK * (log_p_SK - log_q_SK)).sum(1) + of_rest_S1[:, 0])
         if keeps:
             grad_SV = log_q_SV.exp() - log_q_SV.add_(ratio_S1).exp_()  # q - p, with p = rest * q / (q of the rest) outside
-            _keep_gradient(logits_CV[rows], grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK), slope_SV, real)
-    return total
+            _keep_gradient(logits_CV[rows], grad_SV.scatter_(1, ids_SK, log_q_SK.exp() - p_SK), slope_SV)
+    return torch.cat(kl)
 
 
-def _keep_gradient(logits_SV: Tensor, grad_SV: Tensor, slope_SV: Tensor | None, num_real: int) -> None:
-    """Put the gradient of (capped) logits in their place; that of padding is none."""
-    grad_SV[num_real:] = 0.0
+def _keep_gradient(logits_SV: Tensor, grad_SV: Tensor, slope_SV: Tensor | None) -> None:
+    """Put the gradient of (capped) logits in their place."""
     logits_SV.copy_(grad_SV if slope_SV is None else grad_SV.mul_(slope_SV))
 
 

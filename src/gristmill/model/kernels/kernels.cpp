@@ -362,20 +362,13 @@ static void softmax_backward(const A* logits, const float* statistics, const int
     }
 }
 
-// KL(p || q) of each row, with p the softmax of the teacher's logits; where it `keeps` them, q - p in the place of the logits. Rows from `real` on
-// have none of both.
+// KL(p || q) of each row, with p the softmax of the teacher's logits; where it `keeps` them, q - p in the place of the logits.
 template <typename A>
-static void kl_divergence(A* logits, const float* statistics, const A* teacher, const float* of_teacher, float* kl, int rows, int n, int real, int64_t stride,
-                          int64_t teacher_stride, int keeps, int threads) {
+static void kl_divergence(A* logits, const float* statistics, const A* teacher, const float* of_teacher, float* kl, int rows, int n, int64_t stride, int64_t teacher_stride, int keeps, int threads) {
 #pragma omp parallel for if (threads > 1) num_threads(threads) schedule(static)
     for (int r = 0; r < rows; r++) {
         A* q = logits + r * stride;
         const A* p = teacher + r * teacher_stride;
-        kl[r] = 0;
-        if (r >= real) {
-            if (keeps) memset(q, 0, n * sizeof(A));
-            continue;
-        }
         const float m = statistics[2 * (int64_t)r], sum = statistics[2 * (int64_t)r + 1], t = of_teacher[2 * (int64_t)r], t_sum = of_teacher[2 * (int64_t)r + 1];
         double total = 0;
         int i = 0;
@@ -405,8 +398,7 @@ extern "C" void gristmill_softmax_backward(const void* logits, const float* stat
     if (type == 0) softmax_backward((const float*)logits, statistics, targets, factor, (float*)out, rows, n, stride, to_stride, threads);
     else softmax_backward((const bf16*)logits, statistics, targets, factor, (bf16*)out, rows, n, stride, to_stride, threads);
 }
-extern "C" void gristmill_kl_divergence(void* logits, const float* statistics, const void* teacher, const float* of_teacher, float* kl, int rows, int n, int real,
-                                        int64_t stride, int64_t teacher_stride, int keeps, int type, int threads) {
-    if (type == 0) kl_divergence((float*)logits, statistics, (const float*)teacher, of_teacher, kl, rows, n, real, stride, teacher_stride, keeps, threads);
-    else kl_divergence((bf16*)logits, statistics, (const bf16*)teacher, of_teacher, kl, rows, n, real, stride, teacher_stride, keeps, threads);
+extern "C" void gristmill_kl_divergence(void* logits, const float* statistics, const void* teacher, const float* of_teacher, float* kl, int rows, int n, int64_t stride, int64_t teacher_stride, int keeps, int type, int threads) {
+    if (type == 0) kl_divergence((float*)logits, statistics, (const float*)teacher, of_teacher, kl, rows, n, stride, teacher_stride, keeps, threads);
+    else kl_divergence((bf16*)logits, statistics, (const bf16*)teacher, of_teacher, kl, rows, n, stride, teacher_stride, keeps, threads);
 }

@@ -101,7 +101,7 @@ def load() -> ctypes.CDLL | None:
         "activate": [pointer] * 6 + [number] * 2 + [large] + [number] * 3,
         "softmax_forward": [pointer] * 2 + [number] * 2 + [large] + [number] * 2,
         "softmax_backward": [pointer] * 5 + [number] * 2 + [large] * 2 + [number] * 2,
-        "kl_divergence": [pointer] * 5 + [number] * 3 + [large] * 2 + [number] * 3,
+        "kl_divergence": [pointer] * 5 + [number] * 2 + [large] * 2 + [number] * 3,
         "blocks_memory": [ctypes.POINTER(Blocks)],
         "blocks_forward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
         "blocks_backward": [ctypes.POINTER(Blocks)] + [pointer] * 3,
